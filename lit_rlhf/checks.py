@@ -1,0 +1,34 @@
+"""Checks of constructor arguments, with messages that name the config key and the value."""
+
+import math
+
+from lit_rlhf.errors import UserError
+
+
+def check_number(
+    key: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+) -> float:
+    """``value`` as a float, if it is a finite number within the bounds.
+
+    Raises:
+        UserError: it is not; names ``key``, the bounds and ``value``.
+
+    >>> check_number("kl.target", 6, above=0)
+    6.0
+    """
+    bounds = (("above", above), ("at least", at_least), ("below", below))
+    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if (
+        not number
+        or (above is not None and value <= above)
+        or (at_least is not None and value < at_least)
+        or (below is not None and value >= below)
+    ):
+        raise UserError(f"{key} must be a finite number {wanted}".rstrip() + f", got {value!r}")
+    return float(value)

@@ -1,0 +1,76 @@
+"""KL divergence of the policy from a reference: sampled estimators, and the exact sum over the vocabulary."""
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.functional.masked import as_float, same_shape
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Estimate KL(policy || reference) per token from tokens that the policy sampled.
+
+    With ``d = log policy(a) - log reference(a)`` (http://joschu.net/blog/kl-approx.html, where r = exp(-d)):
+
+    ========  ===================  =========================================================================
+    ``k1``    ``d``                unbiased, of either sign
+    ``k2``    ``d^2 / 2``          biased, >= 0
+    ``k3``    ``exp(-d) - 1 + d``  unbiased, >= 0
+    ``abs``   ``|d|``              biased, >= 0
+    ========  ===================  =========================================================================
+
+    These are estimates of the *value*, to be used in the reward. As a loss on sampled tokens, their gradients
+    differ: k1's has mean zero, k2's is that of KL(policy || reference), k3's that of KL(reference || policy).
+
+    Args:
+        logprobs: the policy's, any shape.
+        ref_logprobs: the reference's, same shape.
+        estimator: "k1", "k2", "k3" or "abs".
+
+    Returns:
+        Same shape, nats per token, float32 (float64 stays). There is no mask: where the result is used as a
+        loss, zero the masked log-probabilities first, as an overflow of exp(-d) would turn their zero
+        gradient into NaN.
+
+    Raises:
+        ValueError: shapes differ, or the estimator is unknown.
+
+    >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-15.0]), "k1")
+    tensor([14.])
+    """
+    same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    d = as_float(logprobs) - as_float(ref_logprobs)
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        # expm1 keeps the digits that exp(-d) - 1 loses for small d, where its rounding would go below 0.
+        return torch.expm1(-d) + d
+    if estimator == "abs":
+        return d.abs()
+    raise ValueError(f"estimator={estimator!r} is unknown, choose one of {', '.join(KL_ESTIMATORS)}")
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """Exact KL(policy || reference) at each position.
+
+    Equation: ``sum_v p_v (log p_v - log q_v)``, p the policy, q the reference. A token with ``p_v = 0`` adds
+    0; one with ``q_v = 0 < p_v`` makes it inf.
+
+    Args:
+        logits: the policy's, (..., vocabulary).
+        ref_logits: the reference's, same shape.
+
+    Returns:
+        (...), nats, float32 (float64 stays).
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    same_shape(logits=logits, ref_logits=ref_logits)
+    logp = as_float(logits).log_softmax(-1)
+    logq = as_float(ref_logits).log_softmax(-1)
+    p = logp.exp()
+    return (p * torch.where(p > 0, logp - logq, 0)).sum(-1)

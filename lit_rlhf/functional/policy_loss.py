@@ -1,0 +1,71 @@
+"""PPO's clipped policy loss."""
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.functional.masked import masked_mean, same_shape, zero_masked
+
+
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float | None,
+    clip_high: float | None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate loss (PPO, Schulman et al., arXiv:1707.06347, eq. 7), averaged over counted tokens.
+
+    With ``ratio = exp(logprobs - old_logprobs)``: ``L_t = -min(ratio A, clamp(ratio, 1 - low, 1 + high) A)``.
+    Equal bounds are the paper's; a wider upper one is DAPO's clip-higher (arXiv:2503.14476, sec. 3.1). None
+    (or inf) takes a bound away; without both, the loss is the importance-weighted policy gradient of eq. 6.
+    With ``dual_clip = c``, tokens of negative advantage lose at most ``-c A`` (Ye et al., arXiv:1912.09729,
+    eq. 5).
+
+    Args:
+        logprobs: the policy's that is trained, (batch, time).
+        old_logprobs: the policy's that sampled the tokens, (batch, time). A constant: no gradient flows into
+            it.
+        advantages: (batch, time). A constant too.
+        mask: (batch, time), bool.
+        clip_low: how far below 1 the ratio counts, >= 0, or None.
+        clip_high: how far above 1 the ratio counts, >= 0, or None.
+        dual_clip: the bound c > 1, or None.
+
+    Returns:
+        The loss, and stats reduced with the same mask: ``clipfrac``, the fraction of tokens whose gradient a
+        bound has cut; ``approxkl``, ``mean((logprobs - old_logprobs)^2) / 2``, as TRL has it; ``ratio``, the
+        mean ratio; ``ratio_max``, the largest. All are 0 if no token counts.
+
+    Raises:
+        ValueError: shapes differ, a clip bound is negative, or ``dual_clip`` is not above 1.
+        TypeError: ``mask`` is not bool.
+    """
+    same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if bound is not None and not bound >= 0:
+            raise ValueError(f"{name}={bound} must be >= 0, or None for no bound")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip={dual_clip} must be above 1, or None for no bound")
+
+    # Masked before exp: there, an overflow's gradient would be 0 * inf.
+    log_ratio = zero_masked(logprobs, mask) - zero_masked(old_logprobs.detach(), mask)
+    ratio = log_ratio.exp()
+    advantages = zero_masked(advantages.detach(), mask)
+    plain = losses = -advantages * ratio
+    if clip_low is not None or clip_high is not None:
+        low = None if clip_low is None else 1 - clip_low
+        high = None if clip_high is None else 1 + clip_high
+        losses = torch.maximum(plain, -advantages * ratio.clamp(low, high))
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+
+    ratio = ratio.detach()
+    stats = {
+        "clipfrac": masked_mean(losses.detach() != plain.detach(), mask),
+        "approxkl": masked_mean(log_ratio.detach().square(), mask) / 2,
+        "ratio": masked_mean(ratio, mask),
+        "ratio_max": zero_masked(ratio, mask).max(),
+    }
+    return masked_mean(losses, mask), stats
