@@ -1,0 +1,196 @@
+"""What online and offline algorithms share: optimiser set-up, rows of metrics, checkpoints of what trains."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from transformers import get_scheduler
+
+from lit_rlhf.errors import UserError
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[..., torch.optim.lr_scheduler.LRScheduler]
+
+
+def default_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return AdamW(parameters, lr=1e-5, weight_decay=0.0)
+
+
+def default_scheduler(optimizer: Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return get_scheduler("constant", optimizer)
+
+
+class RunningMean:
+    """Token-weighted means (and maxima, for names that end in ``_max``) of step metrics; saved with the checkpoint."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, metrics: dict[str, Tensor | float], weight: float) -> None:
+        for name, value in metrics.items():
+            number = float(value)
+            if name.endswith("_max"):
+                self.sums[name] = (max(number, self.sums.get(name, (-math.inf, 1.0))[0]), 1.0)
+            else:
+                total, count = self.sums.get(name, (0.0, 0.0))
+                self.sums[name] = (total + weight * number, count + weight)
+
+    def compute(self) -> dict[str, float]:
+        """The means so far; afterwards counting starts anew."""
+        means = {name: total / count for name, (total, count) in self.sums.items() if count}
+        self.sums = {}
+        return means
+
+
+class Algorithm(L.LightningModule):
+    """A LightningModule with an optimiser from a factory, rows of metrics, and checkpoints of what trains.
+
+    Subclassed by ``OnlineAlgorithm`` and ``OfflineAlgorithm`` only.
+
+    Args:
+        optimizer: makes the optimiser from the parameters that train; AdamW with lr 1e-5 by default.
+        scheduler: called with ``optimizer=`` and, if it takes it, ``num_training_steps=``; a constant rate by default.
+        seed: of everything random in the run.
+    """
+
+    online: bool
+    stage: str
+
+    def __init__(
+        self,
+        *,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if seed < 0:
+            raise UserError(f"seed must not be negative, got {seed}")
+        self.optimizer_factory = optimizer or default_optimizer
+        self.scheduler_factory = scheduler or default_scheduler
+        self.seed = seed
+        self.means = RunningMean()
+        self.last_row: dict[str, float] = {}
+        self.last_logged = 0  # iteration of the newest row
+        self._gradients: dict[str, Tensor] = {}  # of a checkpoint made between two steps, until training starts
+        self.config: dict[str, Any] | None = None  # the run's, where there is one; goes into every checkpoint
+        self.strict_loading = False  # checkpoints hold only what trains
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The x axes of every row: iteration, episode, tokens."""
+        raise NotImplementedError
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Not ``trainer.estimated_stepping_batches``: that loads the dataloader before a resume has restored its state.
+        """
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        return self.steps_per_epoch() * max(self.trainer.max_epochs or 1, 1)
+
+    def steps_per_epoch(self) -> int:
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self.optimizer_factory(parameters)
+        takes_steps = "num_training_steps" in inspect.signature(self.scheduler_factory).parameters
+        steps = {"num_training_steps": self.total_steps()} if takes_steps else {}
+        scheduler = self.scheduler_factory(optimizer=optimizer, **steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.means.add({"optim/grad_norm": torch.nn.utils.get_total_norm(gradients)}, 1.0)
+
+    def log_row(self, metrics: dict[str, float]) -> None:
+        """Sends one row to every logger, to ``trainer.callback_metrics`` and to callbacks with the hook ``on_row``.
+
+        A hook of its own, because most callbacks' ``on_train_epoch_end`` runs before the module's.
+        """
+        row = {**self.axes, **metrics}
+        self.last_row, self.last_logged = row, self.axes["iteration"]
+        for logger in self.loggers:
+            logger.log_metrics(row, step=self.axes["iteration"])
+        self.trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in row.items()})
+        self.call_hook("on_row", row)
+
+    def call_hook(self, name: str, *args: Any) -> None:
+        """Calls ``callback.<name>(trainer, module, *args)`` on every callback that has it."""
+        for callback in self.trainer.callbacks:
+            hook = getattr(callback, name, None)
+            if hook is not None:
+                hook(self.trainer, self, *args)
+
+    def take_over_loader(self) -> None:
+        """Makes the fit loop ask this module for its train loader, which then wraps the user's (``user_loader``).
+
+        The user's loader may come from any datamodule or straight from ``fit``; neither needs to know of the wrapper.
+        """
+        source = self.trainer.fit_loop._data_source
+        if source.instance is self:
+            raise UserError("Trainer.fit was called without data: give it a datamodule or a train dataloader")
+        self._user_source = source
+        self.trainer.fit_loop._data_source = type(source)(self, "train_dataloader")
+
+    def user_loader(self) -> Any:
+        """The train loader that the user gave to ``fit``."""
+        return self._user_source.dataloader()
+
+    def on_train_start(self) -> None:
+        """Cuts what was logged after the checkpoint that this run continues from; takes up its gradients."""
+        validated_first = bool(self.last_row)
+        resumed = self.last_logged if self.trainer.ckpt_path or validated_first else -1
+        for target in [*self.loggers, *self.trainer.callbacks]:
+            if hasattr(target, "resume_from"):
+                target.resume_from(resumed)
+        parameters = dict(self.named_parameters())
+        for name, gradient in self._gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self._gradients = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["config"] = self.config
+        # Between two steps, gradients are half summed: without them the resumed run's next step would differ.
+        summing = self.trainer.fit_loop.epoch_loop._should_accumulate()
+        checkpoint["lit_rlhf"] = {
+            "means": dict(self.means.sums),
+            "last_logged": self.last_logged,
+            "gradients": {n: p.grad for n, p in self.named_parameters() if summing and p.grad is not None},
+            **self.state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "lit_rlhf" not in checkpoint:
+            raise UserError("this checkpoint was not written by a lit_rlhf algorithm: its training state is missing")
+        state = checkpoint["lit_rlhf"]
+        missing = {n for n, p in self.named_parameters() if p.requires_grad} ^ set(checkpoint["state_dict"])
+        if missing:
+            raise UserError(
+                f"the checkpoint belongs to another configuration: {len(missing)} trained weights differ, e.g. "
+                f"'{min(missing)}'. Start from the same policy, critic and algorithm as the run that wrote it."
+            )
+        self.means.sums = {name: tuple(pair) for name, pair in state["means"].items()}
+        self.last_logged = state["last_logged"]
+        self._gradients = state["gradients"]
+        self.load_state(state)
+
+    def state(self) -> dict[str, Any]:
+        """What a subclass adds to the checkpoint: plain numbers, strings and tensors."""
+        raise NotImplementedError
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def autocast(self) -> Any:
+        """The precision of the training step, for forward passes outside it."""
+        return self.trainer.precision_plugin.forward_context()

@@ -1,0 +1,467 @@
+"""The base of every algorithm that learns from its own completions: stages 1 to 4 and 6, and what Lightning needs."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.batch import Experience, PromptBatch, Rollout
+from lit_rlhf.data.passes import SeededPasses
+from lit_rlhf.data.tokenize import PromptRows, Row, split_rows, tokenize_prompts
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import kl_estimate, masked_mean
+from lit_rlhf.kl import FixedKL
+from lit_rlhf.models.policy import Policy, PolicyOutput, disable_dropout
+from lit_rlhf.models.reference import make_reference
+from lit_rlhf.rewards.scoring import Reward, score, total
+from lit_rlhf.rewards.shaping import ScoreShaper, place_scores
+from lit_rlhf.rollout.loader import RolloutLoader
+from lit_rlhf.rollout.philox import derive_seed
+from lit_rlhf.rollout.sampler import Sampler
+
+CriticFactory = Callable[[Policy], nn.Module]
+_VALIDATION_STREAM = 1  # keeps validation's random numbers apart from training's
+
+
+class Anchors(NamedTuple):
+    """Stage 3: what the frozen models say about a rollout, all (B, T) on the CPU; values (B, T + 1) or None."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor | None
+
+
+class Judged(NamedTuple):
+    """A rollout with its texts and stages 2 and 3: everything that is measured about completions."""
+
+    prompts: PromptBatch
+    rollout: Rollout
+    completions: list[str]
+    components: dict[str, Tensor]
+    gold: dict[str, Tensor]
+    anchors: Anchors
+    kl: Tensor  # (B, T), 0 where the mask is False
+
+
+class OnlineAlgorithm(Algorithm):
+    """Alternates a rollout phase with epochs of updates over its experience; one Lightning epoch is one iteration.
+
+    A subclass gives ``advantages`` (stage 5) and ``loss`` (stage 7).
+
+    Args:
+        policy: the model that is trained.
+        reward: ``reward(prompts, completions, **columns)``, see ``rewards/scoring.py``.
+        gold: a second reward that is only measured, never learned from.
+        critic: makes the critic from the policy; None for algorithms without one.
+        kl: the KL coefficient and its estimator; a fixed 0.05 by default.
+        sampler: how completions are drawn.
+        scores: what a score goes through before it becomes a token reward.
+        rollout_batch_size: completions of one iteration.
+        minibatch_size: completions of one optimiser step; the trainer's ``accumulate_grad_batches`` splits it further.
+        epochs: passes over the experience of an iteration.
+        target_kl: an iteration's updates stop once a minibatch's approximate KL to the rollout policy, a mean over its
+            tokens, exceeds this; None never stops.
+        optimizer, scheduler, seed: see ``Algorithm``.
+
+    Raises:
+        UserError: a sampler that cuts the distribution, or sizes that do not divide (at ``fit``).
+    """
+
+    online = True
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        reward: Reward,
+        gold: Reward | None = None,
+        critic: CriticFactory | None = None,
+        kl: FixedKL | Any = None,
+        sampler: Sampler | None = None,
+        scores: ScoreShaper | None = None,
+        rollout_batch_size: int = 32,
+        minibatch_size: int = 16,
+        epochs: int = 1,
+        target_kl: float | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.sampler = sampler or Sampler()
+        self.sampler.require_training()
+        if target_kl is not None and not target_kl > 0:
+            raise UserError(f"algorithm.target_kl must be positive or null, got {target_kl}")
+        if epochs < 1:
+            raise UserError(f"the number of epochs over an iteration's experience must be at least 1, got {epochs}")
+        disable_dropout(policy)
+        self.policy = policy
+        self.critic = critic(policy) if critic is not None else None
+        self.reward = reward
+        self.gold = gold
+        self.kl = kl if kl is not None else FixedKL()
+        self.scores = scores or ScoreShaper()
+        self.rollout_batch_size = rollout_batch_size
+        self.minibatch_size = minibatch_size
+        self.epochs = epochs
+        self.target_kl = target_kl
+        self.reference = make_reference(policy)
+        self.reference_id = self.reference.fingerprint()
+        self.loader: RolloutLoader | None = None
+        self._loader_state: dict[str, Any] | None = None
+        self.iteration = 0
+        self.tokens = 0
+        self.pending: dict[str, float] = {}  # metrics of the iteration under way, its samples, its validation
+        self.samples: list[dict[str, Any]] = []
+        self.validated: list[Judged] = []
+        self.minibatch_kl = (0.0, 0.0)  # approximate KL of the minibatch under way: weighted sum, weight
+
+    # ---- what a subclass gives ------------------------------------------------------------------------------------
+
+    def advantages(self, rewards: Tensor, rollout: Rollout, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Stage 5: token rewards (B, T), values (B, T + 1) -> advantages (B, T) and, with a critic, returns (B, T)."""
+        raise NotImplementedError
+
+    def loss(self, batch: Experience, output: PolicyOutput, values: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 7: the loss, a mean over the batch's response tokens, and its metrics, masked as the loss is."""
+        raise NotImplementedError
+
+    # ---- stages 1 to 5: the rollout phase -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def collect(self, iteration: int, rows: list[Row]) -> Experience:
+        """Stages 1 to 5 for one iteration's prompts; the experience stays on the CPU."""
+        episodes = iteration * self.rollout_batch_size + torch.arange(len(rows))
+        judged = self.judge(rows, episodes, self.seed)
+        rollout, anchors, mask = judged.rollout, judged.anchors, judged.rollout.response_mask
+        with self.phase("advantage"):
+            coef = self.kl.coef
+            rewards = place_scores(self.scores(total(judged.components), rollout.finished), mask)  # 4 shape
+            rewards = rewards + _dense_rest(judged.components, mask) - coef * judged.kl
+            advantages, returns = self.advantages(rewards, rollout, anchors.values)  # 5 advantage
+        self.tokens += int(mask.sum())
+        self.pending.update(describe(judged, coef))
+        self.samples = sample_rows(judged, iteration + 1, "train")
+        return Experience(
+            prompt_ids=rollout.prompt_ids,
+            prompt_mask=rollout.prompt_mask,
+            response_ids=rollout.response_ids,
+            response_mask=mask,
+            logprobs=anchors.logprobs,
+            ref_logprobs=anchors.ref_logprobs,
+            advantages=advantages,
+            values=None if anchors.values is None else anchors.values[:, :-1],
+            returns=returns,
+        )
+
+    def judge(self, rows: list[Row], episodes: Tensor, seed: int) -> Judged:
+        """Stages 1 to 3: completes prompts and measures the completions. Used by training and validation alike."""
+        prompts = tokenize_prompts(
+            rows,
+            self.policy.tokenizer,
+            episodes=episodes,
+            max_new_tokens=self.sampler.max_new_tokens,
+            context_length=self.policy.context_length,
+        )
+        with self.phase("rollout"):
+            rollout = self.rollout(prompts, seed)
+        completions = self.policy.tokenizer.batch_decode(
+            [ids[mask] for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)],
+            skip_special_tokens=True,
+        )
+        with self.phase("score"):
+            components = score(self.reward, prompts.prompts, completions, prompts.columns)
+            gold = score(self.gold, prompts.prompts, completions, prompts.columns) if self.gold else {}
+        with self.phase("anchor"):
+            anchors = self.anchor(rollout)
+        kl = kl_estimate(anchors.logprobs, anchors.ref_logprobs, self.kl.estimator)
+        kl = torch.where(rollout.response_mask, kl, 0.0)
+        return Judged(prompts, rollout, completions, components, gold, anchors, kl)
+
+    def rollout(self, prompts: PromptBatch, seed: int) -> Rollout:
+        """Stage 1, on the policy's device; the result is on the CPU."""
+        bf16 = str(self.trainer.precision).startswith("bf16")
+        model = self.policy.decoder(torch.bfloat16 if bf16 else torch.float32)
+        with torch.autocast(self.device.type, enabled=False):
+            rollout = self.sampler.generate(
+                model,
+                prompts.to(self.device),
+                seed=seed,
+                stop_ids=self.policy.stop_ids,
+                pad_id=self.policy.tokenizer.pad_token_id,
+                progress=lambda done, whole: self.call_hook("on_phase", "rollout", done, whole),
+            )
+        return rollout.to("cpu")
+
+    def anchor(self, rollout: Rollout) -> Anchors:
+        """Stage 3: log-probabilities by the training forward pass, in its precision, so that the first ratio is 1."""
+        parts: list[tuple[Tensor, ...]] = []
+        starts = range(0, len(rollout), self.minibatch_size)
+        for number, start in enumerate(starts):
+            self.call_hook("on_phase", "anchor", number, len(starts))
+            part = rollout[start : start + self.minibatch_size].to(self.device)
+            tokens = (part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
+            with torch.no_grad(), self.autocast():
+                output = self.policy(*tokens, temperature=self.temperature)
+                reference = self.reference.logprobs(*tokens, temperature=self.temperature)
+                values = [self.critic(output, *tokens)] if self.critic is not None else []
+            parts.append((output.logprobs, reference, *values))
+        logprobs, reference, *values = (torch.cat(column).float().cpu() for column in zip(*parts, strict=True))
+        return Anchors(logprobs, reference, values[0] if values else None)
+
+    @property
+    def temperature(self) -> float:
+        return self.sampler.temperature
+
+    # ---- stages 6 to 8: updates -----------------------------------------------------------------------------------
+
+    def training_step(self, batch: Experience, batch_idx: int) -> Tensor:  # noqa: ARG002
+        tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.response_mask)
+        output = self.policy(*tokens, temperature=self.temperature, entropy_grad=self.needs_entropy)
+        values = self.critic(output, *tokens)[:, :-1] if self.critic is not None else None
+        loss, metrics = self.loss(batch, output, values)  # 7 loss
+        count = float(batch.response_mask.sum())
+        self.means.add({**metrics, "loss/total": loss.detach()}, count)
+        if "policy/approxkl" in metrics:
+            so_far, weight = self.minibatch_kl
+            self.minibatch_kl = (so_far + float(metrics["policy/approxkl"]) * count, weight + count)
+        return loss * batch.weight
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the loss differentiates the entropy."""
+        return False
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Not in on_train_batch_end: a checkpoint callback's own hook of that name runs before the module's.
+        (so_far, weight), self.minibatch_kl = self.minibatch_kl, (0.0, 0.0)
+        self.pending["policy/updates"] = self.pending.get("policy/updates", 0.0) + 1
+        left = len(self.loader) - self.loader.position
+        if self.target_kl is not None and left and weight and so_far / weight > self.target_kl:
+            self.loader.stop()
+            self.pending["policy/early_stopped"] = 1.0
+
+    def on_train_epoch_start(self) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self) -> None:
+        self.finish_iteration()
+
+    def finish_iteration(self) -> None:
+        """Stage 8, the end of an iteration: the KL controller, counters, the row of metrics, the samples."""
+        self._validate_if_missed()
+        row = {"policy/early_stopped": 0.0, **self.pending, **self.means.compute(), **self.schedule_metrics()}
+        row["optim/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        row["time/iteration"] = time.perf_counter() - self._started
+        row["time/update"] = row["time/iteration"] - sum(row.get(f"time/{s}", 0.0) for s in _STAGES)
+        self.kl.update(row["objective/kl"], self.rollout_batch_size)
+        self.iteration += 1
+        self.loader.finish()
+        samples, self.samples, self.pending = self.samples, [], {}
+        self.log_row(row)
+        self.call_hook("on_samples", self.iteration, samples)
+
+    def schedule_metrics(self) -> dict[str, float]:
+        """Coefficients of this iteration that follow a schedule."""
+        return {}
+
+    @property
+    def progress(self) -> float:
+        """The share of the run's optimiser steps that is done, in [0, 1]."""
+        return min(1.0, self.trainer.global_step / max(1, self.total_steps()))
+
+    # ---- validation -----------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Completes a batch of held-out prompts; the random numbers are the same at every validation."""
+        rows = split_rows(batch)
+        start = sum(len(judged.completions) for judged in self.validated)
+        episodes = start + torch.arange(len(rows))
+        self.validated.append(self.judge(rows, episodes, derive_seed(self.seed, _VALIDATION_STREAM)))
+
+    def on_validation_epoch_end(self) -> None:
+        validated, self.validated = self.validated, []
+        if self.trainer.sanity_checking or not validated:
+            return
+        sizes = torch.tensor([float(len(judged.completions)) for judged in validated])
+        described = [describe(judged, self.kl.coef) for judged in validated]
+        names = [name for name in described[0] if not name.endswith("kl_coef")]
+        metrics = {
+            f"val/{name}": float((torch.tensor([d[name] for d in described]) * sizes).sum() / sizes.sum())
+            for name in names
+        }
+        fitting = self.trainer.state.fn == "fit"
+        iteration = self.iteration + 1 if fitting else self.iteration
+        samples = [row for judged in validated for row in sample_rows(judged, iteration, "validation")]
+        if fitting:
+            self.pending.update(metrics)
+            self.samples += samples
+        else:
+            self.log_row(metrics)
+            self.call_hook("on_samples", iteration, samples)
+
+    def _validate_if_missed(self) -> None:
+        """Runs a validation that is due now and that the fit loop passed over.
+
+        It validates after the last batch that it expects, which never comes when updates stop early, and which is not
+        repeated when a run resumes right behind it.
+        """
+        trainer, every = self.trainer, self.trainer.check_val_every_n_epoch
+        due = trainer.enable_validation and every is not None and (self.iteration + 1) % every == 0
+        if due and not any(name.startswith("val/") for name in self.pending):
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    # ---- Lightning ------------------------------------------------------------------------------------------------
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return {"iteration": self.iteration, "episode": self.iteration * self.rollout_batch_size, "tokens": self.tokens}
+
+    def steps_per_epoch(self) -> int:
+        return self.epochs * (self.rollout_batch_size // self.minibatch_size)
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            raise UserError(f"this version trains in one process, but the trainer has {self.trainer.world_size}")
+        self.reference = self.reference.to(self.trainer.strategy.root_device)
+        for judge in (self.reward, self.gold):
+            if hasattr(judge, "to"):
+                judge.to(self.trainer.strategy.root_device)
+        if stage == "fit":
+            self.take_over_loader()
+
+    def train_dataloader(self) -> RolloutLoader:
+        self.loader = RolloutLoader(
+            prompts=PromptRows(SeededPasses(self.user_loader(), self.seed)),
+            collect=self.collect,
+            rollout_batch_size=self.rollout_batch_size,
+            minibatch_size=self.minibatch_size,
+            micro_batches=self.trainer.accumulate_grad_batches,
+            epochs=self.epochs,
+            seed=self.seed,
+        )
+        if self._loader_state is not None:
+            self.loader.load_state_dict(self._loader_state)
+            self._loader_state = None
+        return self.loader
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._started = time.perf_counter()
+        stopped = self.pending.get("policy/early_stopped")  # then Lightning itself goes on to the iteration's end
+        if self.loader.experience is not None and self.loader.position >= len(self.loader) and not stopped:
+            # The checkpoint was written after an iteration's last step and before its end, which Lightning skips.
+            self.finish_iteration()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "loader": None if self.loader is None else self.loader.state_dict(),
+            "iteration": self.iteration,
+            "tokens": self.tokens,
+            "pending": dict(self.pending),
+            "samples": list(self.samples),
+            "minibatch_kl": list(self.minibatch_kl),
+            "kl": self.kl.state_dict(),
+            "scores": self.scores.state_dict(),
+            "reference": self.reference_id,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if state["reference"] != self.reference_id:
+            raise UserError(
+                "the checkpoint was trained against another reference: the weights of the policy that this run starts "
+                f"from have the hash {self.reference_id[:12]}, those of the checkpoint's run {state['reference'][:12]}"
+            )
+        self._loader_state = state["loader"]
+        self.iteration, self.tokens = state["iteration"], state["tokens"]
+        self.pending, self.samples = dict(state["pending"]), list(state["samples"])
+        self.minibatch_kl = tuple(state["minibatch_kl"])
+        self.kl.load_state_dict(state["kl"])
+        self.scores.load_state_dict(state["scores"])
+
+    def export(self, folder: Any) -> None:
+        """Writes the policy (Hugging Face format) and the critic."""
+        self.policy.save(folder)
+        if self.critic is not None:
+            self.critic.save(folder)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a stage of the rollout phase and tells callbacks that it began."""
+        self.call_hook("on_phase", name, 0, 1)
+        start = time.perf_counter()
+        yield
+        if not self.trainer.validating:
+            self.pending[f"time/{name}"] = time.perf_counter() - start
+
+
+_STAGES = ("rollout", "score", "anchor", "advantage")
+
+
+def describe(judged: Judged, coef: float) -> dict[str, float]:
+    """The metrics of a rollout; every mean over tokens is taken with the response mask."""
+    rollout, anchors, mask = judged.rollout, judged.anchors, judged.rollout.response_mask
+    scores = total(judged.components)
+    kl = judged.kl.sum(-1)
+    lengths = rollout.lengths.float()
+    metrics = {
+        "objective/kl": kl.mean(),
+        "objective/kl_per_token": masked_mean(judged.kl, mask),
+        "objective/kl_coef": coef,
+        "objective/entropy": torch.where(mask, -anchors.logprobs, 0.0).sum(-1).mean(),
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(correction=0),
+        "objective/non_score_reward": -coef * kl.mean(),
+        "objective/rlhf_reward": scores.mean() - coef * kl.mean(),
+        "rollout/response_length": lengths.mean(),
+        "rollout/prompt_length": rollout.prompt_mask.sum(-1).float().mean(),
+        "rollout/eos_rate": rollout.finished.float().mean(),
+        "rollout/truncated_rate": (~rollout.finished).float().mean(),
+        "rollout/logprob_gap": masked_mean((rollout.logprobs - anchors.logprobs).abs(), mask),
+    }
+    for prefix, components in (("reward", judged.components), ("gold", judged.gold)):
+        for name, values in components.items():
+            metrics[f"{prefix}/{name}"] = total({name: values}).mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def sample_rows(judged: Judged, iteration: int, split: str) -> list[dict[str, Any]]:
+    """One JSON-ready dict per completion, as in ``samples.jsonl``."""
+    scores, kl, lengths = total(judged.components), judged.kl.sum(-1), judged.rollout.lengths
+    parts = {
+        key: {name: total({name: values}) for name, values in components.items()}
+        for key, components in (("components", judged.components), ("gold", judged.gold))
+    }
+    return [
+        {
+            "iteration": iteration,
+            "split": split,
+            "prompt": prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt),
+            "completion": completion,
+            "score": float(scores[i]),
+            **{key: {name: float(values[i]) for name, values in named.items()} for key, named in parts.items()},
+            "kl": float(kl[i]),
+            "length": int(lengths[i]),
+        }
+        for i, (prompt, completion) in enumerate(zip(judged.prompts.prompts, judged.completions, strict=True))
+    ]
+
+
+def _dense_rest(components: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """(B, T): moves the sums of dense components, which sit on the last token so far, to their own tokens."""
+    moved = torch.zeros(mask.shape)
+    for name, values in components.items():
+        if values.ndim == 2:
+            if values.shape != mask.shape:
+                raise UserError(
+                    f"reward '{name}' returned token rewards of shape {tuple(values.shape)}; the responses have "
+                    f"{tuple(mask.shape)}"
+                )
+            values = torch.where(mask, values, 0.0)
+            moved = moved + values - place_scores(values.sum(-1), mask)
+    return moved

@@ -1,0 +1,124 @@
+"""Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347) as InstructGPT uses it (arXiv:2203.02155).
+
+Against the online base it adds: a critic with generalised advantage estimation, the clipped objective, a clipped value
+loss and an entropy bonus. The KL to the reference is part of the token rewards (stage 4), not of the loss.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from lit_rlhf.algorithms.online import CriticFactory, OnlineAlgorithm
+from lit_rlhf.batch import Experience, Rollout
+from lit_rlhf.clip import AsymmetricClip, SymmetricClip
+from lit_rlhf.entropy import ConstantEntropy, LinearEntropy, NoEntropy
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    gae,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+)
+from lit_rlhf.models.critic import ValueHead
+from lit_rlhf.models.policy import PolicyOutput
+
+
+class PPO(OnlineAlgorithm):
+    """PPO: maximises L_clip - c1 * L_value + c2 * H (arXiv:1707.06347, eq. 9) on token rewards with a KL penalty.
+
+    Args:
+        critic: makes the critic from the policy; a value head on the policy's backbone by default.
+        clip: clip ranges of the ratio and of the value.
+        entropy: c2, the weight of the entropy.
+        ppo_epochs: passes over the experience of an iteration.
+        gamma: discount.
+        lam: lambda of generalised advantage estimation.
+        value_coef: c1, the weight of the value loss.
+        whiten_advantages: mean 0 and variance 1 over the iteration's response tokens.
+        whiten_rewards: variance 1 of the token rewards, keeping their mean, before the advantages.
+        bootstrap_truncated: a completion cut by the length limit gets the value of the state after it as a final
+            reward (Pardo et al. 2018, arXiv:1712.00378), instead of ending the episode there.
+        **online: policy, reward, gold, kl, sampler, scores, rollout_batch_size, minibatch_size, target_kl, optimizer,
+            scheduler, seed; see ``OnlineAlgorithm``.
+    """
+
+    stage = "ppo"
+
+    def __init__(
+        self,
+        *,
+        critic: CriticFactory = ValueHead,
+        clip: SymmetricClip | AsymmetricClip | None = None,
+        entropy: NoEntropy | ConstantEntropy | LinearEntropy | None = None,
+        ppo_epochs: int = 4,
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        value_coef: float = 0.1,
+        whiten_advantages: bool = True,
+        whiten_rewards: bool = False,
+        bootstrap_truncated: bool = False,
+        **online: Any,
+    ) -> None:
+        super().__init__(critic=critic, epochs=ppo_epochs, **online)
+        for name, value in {"gamma": gamma, "lam": lam}.items():
+            if not 0 <= value <= 1:
+                raise UserError(f"algorithm.{name} must be in [0, 1], got {value}")
+        if not value_coef >= 0:
+            raise UserError(f"algorithm.value_coef must not be negative, got {value_coef}")
+        self.clip = clip or SymmetricClip()
+        self.entropy = entropy or NoEntropy()
+        self.gamma = gamma
+        self.lam = lam
+        self.value_coef = value_coef
+        self.whiten_advantages = whiten_advantages
+        self.whiten_rewards = whiten_rewards
+        self.bootstrap_truncated = bootstrap_truncated
+
+    def advantages(self, rewards: Tensor, rollout: Rollout, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage 5: generalised advantage estimation, then whitening over the whole iteration."""
+        mask = rollout.response_mask
+        if self.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        if self.bootstrap_truncated:
+            last = rollout.lengths.unsqueeze(1) - 1
+            after = values.gather(1, last + 1) * (~rollout.finished).unsqueeze(1)
+            rewards = rewards.scatter_add(1, last, self.gamma * after)
+        advantages, returns = gae(rewards, values[:, :-1], mask, self.gamma, self.lam)
+        self.pending["returns/mean"] = float(masked_mean(returns, mask))
+        self.pending["returns/var"] = float(masked_var(returns, mask))
+        unexplained = masked_var(returns - values[:, :-1], mask) / masked_var(returns, mask).clamp(min=1e-8)
+        self.pending["value/explained_variance"] = float(1 - unexplained)
+        if self.whiten_advantages:
+            advantages = masked_whiten(advantages, mask)
+        return advantages, returns
+
+    def loss(self, batch: Experience, output: PolicyOutput, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 7: the combined objective."""
+        mask, bounds = batch.response_mask, self.clip.at(self.progress)
+        policy_loss, policy = clipped_policy_loss(
+            output.logprobs, batch.logprobs, batch.advantages, mask, bounds.low, bounds.high, bounds.dual
+        )
+        value_loss, value = clipped_value_loss(values, batch.values, batch.returns, mask, bounds.value)
+        entropy = masked_mean(output.entropy, mask)
+        loss = policy_loss + self.value_coef * value_loss - self.entropy.at(self.progress) * entropy
+        metrics = {
+            "loss/policy": policy_loss.detach(),
+            "loss/value": value_loss.detach(),
+            "loss/entropy": -entropy.detach(),
+            "policy/entropy": entropy.detach(),
+            "value/mean": masked_mean(values.detach(), mask),
+            "value/clipfrac": value["clipfrac"],
+            **{f"policy/{name}": stat for name, stat in policy.items()},
+        }
+        return loss, metrics
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.entropy.at(self.progress) != 0
+
+    def schedule_metrics(self) -> dict[str, float]:
+        bounds = self.clip.at(self.progress)
+        return {"clip/low": bounds.low, "clip/high": bounds.high, "entropy/coef": self.entropy.at(self.progress)}
+

@@ -1,0 +1,159 @@
+"""Between Hydra and the library: where configs lie, how objects are made from them, what is written to config.yaml.
+
+Below this module nobody sees a DictConfig.
+"""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import CompactHydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_rlhf.errors import UserError
+
+_PACKAGE = Path(__file__).parent
+#: An installed wheel carries conf/ inside the package; a checkout has it beside the package.
+CONFIG_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+
+def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+    """``@hydra.main`` with the project's configs, and with one readable message for a mistake of the user.
+
+    With HYDRA_FULL_ERROR=1 the whole traceback is shown instead.
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        @wraps(task)
+        def guarded(config: DictConfig) -> Any:
+            try:
+                return task(config)
+            except (UserError, OmegaConfBaseException) as error:
+                if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                    raise
+                # Hydra prints the message of this type alone.
+                raise CompactHydraException(f"\n{error}") from None
+
+        return hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)
+
+    return decorate
+
+
+def instantiate(node: Any, key: str, **objects: Any) -> Any:
+    """Makes the object that a config node describes; ``objects`` are passed on as they are.
+
+    A ``_target_`` that is a plain or async function is not called but returned (with its other keys bound), so that
+    ``reward._target_=my_package.my_reward`` works for functions and classes alike.
+
+    Raises:
+        UserError: whatever is wrong with the node, with its full key.
+    """
+    if node is None or (isinstance(node, DictConfig) and not node):
+        return None
+    try:
+        partial = {"_partial_": True} if _is_function(node) else {}
+        return hydra.utils.instantiate(node, _convert_="all", **objects, **partial)
+    except InstantiationException as error:
+        cause = error.__cause__
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, Exception) and os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        raise UserError(f"config key '{key}': {_first_words(cause or error)}") from error
+
+
+def _is_function(node: Any) -> bool:
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if target is None or "_partial_" in node:
+        return False
+    try:
+        found = hydra.utils.get_object(target)
+    except Exception:  # instantiate reports it, with the key
+        return False
+    return inspect.isfunction(found) and "." not in found.__qualname__
+
+
+def _first_words(error: BaseException) -> str:
+    text = str(error).strip()
+    # Python's message for a key that a constructor does not take
+    return text.replace("got an unexpected keyword argument", "does not read the key")
+
+
+def instantiate_all(node: DictConfig | None, key: str) -> list[Any]:
+    """The objects of a group whose members are themselves named nodes, such as loggers and callbacks."""
+    if not node:
+        return []
+    made = [instantiate(member, f"{key}.{name}") for name, member in node.items() if member is not None]
+    return [item for item in made if item is not None]
+
+
+def refuse_unknown(config: DictConfig, known: Mapping[str, Any] | set[str] | list[str]) -> None:
+    """Raises UserError for a top-level key that nobody reads."""
+    unknown = sorted(str(key) for key in config if key not in known)
+    if unknown:
+        raise UserError(
+            f"nobody reads the config key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; "
+            f"the keys of this run are {', '.join(sorted(map(str, known)))}"
+        )
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The config as plain containers, interpolations resolved but those of the environment, which may be secret."""
+    return OmegaConf.to_container(OmegaConf.create(_escape(OmegaConf.to_container(config))), resolve=True)
+
+
+def _escape(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        return {key: _escape(value) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [_escape(value) for value in plain]
+    return plain.replace("${oc.env", "\\${oc.env") if isinstance(plain, str) else plain
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...]) -> list[str]:
+    """``key: old -> new`` for every leaf in which two plain configs differ, but for keys that start with ``ignore``."""
+    flat_old, flat_new = flatten(old), flatten(new)
+    keys = [k for k in {**flat_old, **flat_new} if not any(k == i or k.startswith(f"{i}.") for i in ignore)]
+    missing = "(absent)"
+    return [
+        f"{key}: {flat_old.get(key, missing)} -> {flat_new.get(key, missing)}"
+        for key in keys
+        if flat_old.get(key, missing) != flat_new.get(key, missing)
+    ]
+
+
+def flatten(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """
+    >>> flatten({"kl": {"coef": 0.1}, "seed": 1})
+    {'kl.coef': 0.1, 'seed': 1}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def plain_command(task: Callable[[list[str]], Any]) -> Callable[[], None]:
+    """A command that takes plain arguments instead of overrides, with the same treatment of mistakes."""
+
+    @wraps(task)
+    def main() -> None:
+        try:
+            task(sys.argv[1:])
+        except UserError as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            sys.exit(f"\n{error}")
+
+    return main

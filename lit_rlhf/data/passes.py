@@ -1,0 +1,105 @@
+"""Repeatable passes over a user's own loader, with a place to resume from."""
+
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.rollout.philox import derive_seed
+
+END_OF_PASS = object()
+
+
+class SeededPasses:
+    """Endless batches of ``loader``: pass after pass, each under random generators seeded from (seed, pass).
+
+    A ``DataLoader(shuffle=True)`` draws its order from the global generator. Here every pass starts that generator from
+    (seed, pass) and the outside keeps its own state, so the order is the same in every run with this seed, and a
+    resumed run reaches the old place by skipping ``batch`` batches of pass ``number``.
+
+    Args:
+        loader: any iterable of batches that can be iterated again.
+        seed: the run's seed.
+    """
+
+    def __init__(self, loader: Iterable[Any], seed: int) -> None:
+        self.loader = loader
+        self.seed = seed
+        self.number = 0  # the pass
+        self.batch = 0  # batches of it already handed out
+        self._iterator: Iterator[Any] | None = None
+        self._generators: Any = None
+
+    def one_pass(self) -> Iterator[Any]:
+        """The batches that are left of the current pass; afterwards the next pass is current.
+
+        Raises:
+            UserError: the loader yields nothing.
+        """
+        while (batch := self.next_batch()) is not END_OF_PASS:
+            yield batch
+
+    def next_batch(self) -> Any:
+        """The next batch, or END_OF_PASS once after each pass."""
+        with self._own_generators():
+            if self._iterator is None:
+                self._start()
+            batch = next(self._iterator, END_OF_PASS)
+        if batch is END_OF_PASS:
+            if self.batch == 0:
+                raise UserError("the train dataloader yields no batches: the dataset is empty")
+            self.number, self.batch, self._iterator = self.number + 1, 0, None
+        else:
+            self.batch += 1
+        return batch
+
+    def _start(self) -> None:
+        seed = derive_seed(self.seed, self.number)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        self._iterator = iter(self.loader)
+        for number in range(self.batch):
+            if next(self._iterator, END_OF_PASS) is END_OF_PASS:
+                raise UserError(
+                    f"the checkpoint was made at batch {self.batch} of a pass over the train dataloader, which ends "
+                    f"after {number} now. Resume with the same data and batch size."
+                )
+
+    def _own_generators(self) -> "_Generators":
+        return _Generators(self)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"number": self.number, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.number, self.batch, self._iterator = state["number"], state["batch"], None
+
+
+class _Generators:
+    """Swaps the global generators for the pass's own while a batch is drawn."""
+
+    def __init__(self, passes: SeededPasses) -> None:
+        self._passes = passes
+
+    def __enter__(self) -> None:
+        self._outside = _get_generators()
+        if self._passes._generators is not None:
+            _set_generators(self._passes._generators)
+
+    def __exit__(self, *_: object) -> None:
+        self._passes._generators = _get_generators()
+        _set_generators(self._outside)
+
+
+def _get_generators() -> tuple[Any, Any, Any]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def _set_generators(states: tuple[Any, Any, Any]) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])

@@ -1,0 +1,158 @@
+"""From a datamodule's batch to a PromptBatch: the only place where prompts are tokenised."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.batch import PromptBatch
+from lit_rlhf.data.passes import END_OF_PASS, SeededPasses
+from lit_rlhf.errors import UserError
+
+Row = dict[str, Any]
+TOKEN_KEYS = ("input_ids", "attention_mask")
+
+
+def split_rows(batch: Any) -> list[Row]:
+    """The rows of a prompt batch: a dict with ``prompt``, or ``input_ids`` and ``attention_mask``, and other columns.
+
+    Raises:
+        UserError: it is no dict, has neither key, or its columns differ in length.
+    """
+    if not isinstance(batch, Mapping):
+        raise UserError(
+            f"the dataloader yields {type(batch).__name__}; a prompt batch is a dict with 'prompt' (a list of texts or "
+            "chats) or with 'input_ids' and 'attention_mask'"
+        )
+    if "prompt" not in batch and "input_ids" not in batch:
+        raise UserError(
+            f"the dataloader's batches have the keys {sorted(map(str, batch))} but neither 'prompt' nor 'input_ids'"
+        )
+    if "prompt" not in batch and "attention_mask" not in batch:
+        raise UserError("the dataloader's batches have 'input_ids' without 'attention_mask': which tokens count?")
+    key = "prompt" if "prompt" in batch else "input_ids"
+    size = len(batch[key])
+    for name, column in batch.items():
+        if not hasattr(column, "__len__") or isinstance(column, str) or len(column) != size:
+            length = len(column) if hasattr(column, "__len__") else "no"
+            raise UserError(f"column '{name}' of the prompt batch has {length} entries, but '{key}' has {size}")
+    columns = {name: _as_list(column, name) for name, column in batch.items()}
+    return [{name: column[i] for name, column in columns.items()} for i in range(size)]
+
+
+def _as_list(column: Any, name: str) -> list[Any]:
+    if isinstance(column, Tensor) and name not in TOKEN_KEYS:
+        return column.tolist()
+    return list(column)
+
+
+class PromptRows:
+    """Draws any number of prompts from a user's loader, across its batches and passes."""
+
+    def __init__(self, passes: SeededPasses) -> None:
+        self.passes = passes
+        self._left: list[Row] = []  # rows of the current batch that are still to be drawn
+        self._drawn = 0  # rows of the current batch already drawn
+
+    def draw(self, count: int) -> list[Row]:
+        rows: list[Row] = []
+        while len(rows) < count:
+            if not self._left:
+                batch = self.passes.next_batch()
+                if batch is END_OF_PASS:
+                    continue
+                self._left, self._drawn = split_rows(batch), 0
+            take = min(count - len(rows), len(self._left))
+            rows += self._left[:take]
+            self._left, self._drawn = self._left[take:], self._drawn + take
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"passes": self.passes.state_dict(), "drawn": self._drawn if self._left else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        passes = dict(state["passes"])
+        self._left, self._drawn = [], 0
+        if state["drawn"] is None:
+            self.passes.load_state_dict(passes)
+            return
+        passes["batch"] -= 1  # stopped inside this batch: fetch it again, drop the rows already drawn
+        self.passes.load_state_dict(passes)
+        self._left = split_rows(self.passes.next_batch())[state["drawn"] :]
+        self._drawn = state["drawn"]
+
+
+def tokenize_prompts(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    episodes: Tensor,
+    max_new_tokens: int,
+    context_length: int | None,
+) -> PromptBatch:
+    """Rows to a left-padded PromptBatch.
+
+    Texts are tokenised as they are; chats go through the tokenizer's chat template with the opening of the answer.
+
+    Raises:
+        UserError: an empty prompt, a prompt that leaves no room for ``max_new_tokens`` in the context, or a chat for a
+            tokenizer without a template. The prompt is named.
+    """
+    sequences = [_token_ids(row, tokenizer) for row in rows]
+    for number, (ids, row) in enumerate(zip(sequences, rows, strict=True)):
+        shown = _short(row.get("prompt", row.get("input_ids")))
+        if len(ids) == 0:
+            raise UserError(f"prompt {number} of the batch has no tokens: {shown}")
+        if context_length is not None and len(ids) + max_new_tokens > context_length:
+            raise UserError(
+                f"prompt {number} of the batch has {len(ids)} tokens; with sampler.max_new_tokens={max_new_tokens} it "
+                f"does not fit the policy's context of {context_length}: {shown}"
+            )
+    masks = [torch.ones(len(ids), dtype=torch.bool) for ids in sequences]
+    pad = tokenizer.pad_token_id
+    columns = [name for name in rows[0] if name != "prompt" and name not in TOKEN_KEYS]
+    return PromptBatch(
+        prompt_ids=pad_sequence(sequences, batch_first=True, padding_value=pad, padding_side="left"),
+        prompt_mask=pad_sequence(masks, batch_first=True, padding_value=False, padding_side="left"),
+        episodes=episodes,
+        prompts=[
+            row["prompt"] if "prompt" in row else tokenizer.decode(ids, skip_special_tokens=True)
+            for row, ids in zip(rows, sequences, strict=True)
+        ],
+        columns={name: [row[name] for row in rows] for name in columns},
+    )
+
+
+def _token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    if "prompt" not in row:
+        ids, mask = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["attention_mask"]).bool()
+        return ids[mask].long().cpu()
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            return torch.empty(0, dtype=torch.long)
+        return torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.long)
+    return torch.tensor(tokenizer(render(prompt, tokenizer), add_special_tokens=False)["input_ids"])
+
+
+def render(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt as the policy reads it: chats through the template, texts unchanged."""
+    if isinstance(prompt, str):
+        return prompt
+    if not (isinstance(prompt, list) and prompt and all(isinstance(m, Mapping) and "role" in m for m in prompt)):
+        raise UserError(
+            f"a prompt is a text or a list of messages {{'role': …, 'content': …}}, got {_short(prompt)}"
+        )
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the prompts are chats, but the policy's tokenizer has no chat template; use texts or another policy"
+        )
+    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

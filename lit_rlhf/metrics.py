@@ -1,0 +1,121 @@
+"""Every logged name, what it means, its unit and which direction is better: one table.
+
+`<component>` and `<stage>` stand for any name. Each metric also exists with the prefix `val/`: the same
+quantity on the validation prompts or the validation split. A sum or mean over tokens runs over the tokens of
+completions, the emitted end-of-sequence token included.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_rlhf.errors import UserError
+
+Direction = Literal["higher", "lower"] | None
+
+#: The columns that say when a row was written; every row has them, in this order.
+AXES = ("iteration", "episode", "tokens")
+
+_TABLE: dict[str, tuple[str, str, Direction]] = {
+    # axes
+    "iteration": ("rollout-and-update rounds completed; offline stages: optimiser steps", "count", None),
+    "episode": ("completions sampled so far; offline stages: examples seen", "count", None),
+    "tokens": ("completion tokens sampled so far; offline stages: tokens seen", "tokens", None),
+    # what is maximised
+    "objective/scores": ("score of a completion, mean: sum of its components, unshaped", "reward", "higher"),
+    "objective/scores_std": ("standard deviation of the scores over completions", "reward", None),
+    "objective/kl": ("KL(policy || reference), summed over tokens, mean over completions", "nats", None),
+    "objective/kl_per_token": ("KL(policy || reference), mean over tokens", "nats/token", None),
+    "objective/kl_coef": ("coefficient of the KL penalty", "reward/nat", None),
+    "objective/entropy": ("-log policy(token), summed over tokens, mean over completions", "nats", None),
+    "objective/non_score_reward": ("KL penalty of a completion: minus kl_coef times its KL", "reward", None),
+    "objective/rlhf_reward": ("scores + non_score_reward: what PPO maximises", "reward", "higher"),
+    "reward/<component>": ("mean raw value of a reward component, before weight, shaping", "reward", "higher"),
+    "gold/<component>": ("mean value of a judge that the policy never trains on", "gold score", "higher"),
+    # rollout
+    "rollout/response_length": ("mean length of a completion", "tokens", None),
+    "rollout/prompt_length": ("mean length of a prompt", "tokens", None),
+    "rollout/eos_rate": ("share of completions that ended by themselves", "fraction", None),
+    "rollout/truncated_rate": ("share of completions cut at the length limit", "fraction", None),
+    "rollout/tokens_per_second": ("completion tokens per second of rollout", "tokens/s", "higher"),
+    "rollout/logprob_gap": ("mean |logprob in the sampler - in the training pass|", "nats/token", "lower"),
+    # update
+    "policy/approxkl": ("0.5 * (log ratio)^2 to the rollout policy, mean over tokens", "nats/token", None),
+    "policy/clipfrac": ("share of tokens whose policy ratio is clipped", "fraction", None),
+    "policy/ratio": ("probability ratio to the rollout policy, mean over tokens", "ratio", None),
+    "policy/ratio_max": ("largest probability ratio of any token", "ratio", None),
+    "policy/entropy": ("entropy of the next-token distribution, mean over tokens", "nats/token", None),
+    "policy/early_stopped": ("1 if the updates ended early on the target KL, else 0", "flag", None),
+    "policy/updates": ("optimiser steps in the iteration", "count", None),
+    "loss/policy": ("clipped policy loss, mean over tokens", "loss", None),
+    "loss/value": ("clipped value loss, 0.5 * squared error, mean over tokens", "loss", None),
+    "loss/entropy": ("entropy in the loss, before its coefficient, mean over tokens", "nats/token", None),
+    "loss/total": ("the loss that is differentiated", "loss", None),
+    "value/clipfrac": ("share of tokens whose value prediction is clipped", "fraction", None),
+    "value/explained_variance": ("1 - Var(returns - values) / Var(returns) at rollout", "fraction", "higher"),
+    "value/mean": ("value prediction at rollout, mean over tokens", "reward", None),
+    "returns/mean": ("return, mean over tokens", "reward", None),
+    "returns/var": ("return, variance over tokens", "reward^2", None),
+    "clip/low": ("how far below 1 the policy ratio counts", "ratio", None),
+    "clip/high": ("how far above 1 the policy ratio counts", "ratio", None),
+    "entropy/coef": ("coefficient of the entropy term", "reward/nat", None),
+    "optim/lr": ("learning rate of the first parameter group", "", None),
+    "optim/grad_norm": ("norm of the gradient before clipping, mean over optimiser steps", "", None),
+    # offline stages
+    "sft/perplexity": ("exp(mean negative log-likelihood of a target token)", "", "lower"),
+    "sft/token_accuracy": ("share of target tokens that are the likeliest next token", "fraction", "higher"),
+    "reward_model/loss": ("loss of the reward model: Bradley-Terry unless set otherwise", "loss", "lower"),
+    "reward_model/accuracy": ("share of pairs whose chosen text scores higher", "fraction", "higher"),
+    "reward_model/margin": ("score of the chosen minus that of the rejected text, mean", "reward", None),
+    "reward_model/mean_score": ("score of a text, mean", "reward", None),
+    # wall time in one iteration
+    "time/rollout": ("stage 1: sampling the completions", "s", None),
+    "time/score": ("stage 2: scoring them", "s", None),
+    "time/anchor": ("stage 3: log-probabilities of policy and reference, values", "s", None),
+    "time/advantage": ("stages 4 and 5: token rewards, advantages", "s", None),
+    "time/update": ("stages 6 to 8: the optimiser steps", "s", None),
+    "time/iteration": ("all stages together", "s", None),
+    "time/<stage>": ("another stage", "s", None),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A logged quantity: its name, definition, unit ("" if none) and better direction (None if neither is)."""
+
+    name: str
+    meaning: str
+    unit: str
+    better: Direction
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.fullmatch(re.sub(r"<\w+>", ".+", pattern), name) is not None
+
+
+def lookup(name: str) -> Metric:
+    """The entry of a logged name.
+
+    Raises:
+        UserError: the name is not in the table.
+
+    >>> lookup("objective/kl").unit
+    'nats'
+    >>> lookup("val/reward/politeness").better
+    'higher'
+    """
+    base = name.removeprefix("val/")
+    key = base if base in _TABLE else next((p for p in _TABLE if "<" in p and _matches(p, base)), None)
+    if key is None:
+        raise UserError(f"The metric {name!r} is not in the table of lit_rlhf/metrics.py: add it there.")
+    meaning, unit, better = _TABLE[key]
+    return Metric(name=name, meaning=meaning, unit=unit, better=better)
+
+
+def table_markdown() -> str:
+    """The whole table in Markdown, for the documentation."""
+    lines = ["| metric | meaning | unit | better |", "|---|---|---|---|"]
+    for name, (meaning, unit, better) in _TABLE.items():
+        meaning = meaning.replace("|", r"\|")
+        lines.append(f"| `{name}` | {meaning} | {unit} | {better or ''} |")
+    return "\n".join(lines) + "\n"

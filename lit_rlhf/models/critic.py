@@ -1,0 +1,122 @@
+"""Critics: a value head on the policy's backbone, or a model of its own."""
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.policy import Policy, PolicyOutput
+from lit_rlhf.models.sources import resolve_model
+from lit_rlhf.rollout.sampler import position_ids
+
+HEAD_FILE = "value_head.safetensors"
+
+
+class _Head(nn.Linear):
+    """Hidden states (..., d) to values (...) in fp32; starts at zero, so that the first values are 0."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.float()).squeeze(-1)
+
+
+class ValueHead(nn.Module):
+    """V(s) as a linear function of the policy's last hidden state: one forward pass gives policy and value.
+
+    Args:
+        policy: the policy whose backbone is shared.
+        path: a folder that an earlier run saved the head to, to start from; None starts at zero.
+        detach: keep the value loss out of the backbone.
+    """
+
+    def __init__(self, policy: Policy, *, path: str | None = None, detach: bool = False) -> None:
+        super().__init__()
+        self.head = _Head(policy.hidden_size)
+        self.detach = detach
+        if path is not None:
+            load_head(self.head, path)
+
+    def forward(self, output: PolicyOutput, *_tokens: Tensor) -> Tensor:
+        """Values (B, T + 1) of the states of ``output``; the last one is the state after the last token."""
+        return self.head(output.hidden.detach() if self.detach else output.hidden)
+
+    def save(self, folder: Path) -> None:
+        save_file(self.head.state_dict(), Path(folder) / HEAD_FILE)
+
+
+class SeparateCritic(nn.Module):
+    """V(s) from a backbone of its own.
+
+    Args:
+        policy: gives the backbone (a copy, before training) when ``init`` is ``policy``, and the vocabulary.
+        init: ``policy``, or the name or folder of a causal sequence classifier (a reward model), whose score head is
+            the first value head. It must share the policy's vocabulary, because the critic reads the policy's tokens.
+    """
+
+    def __init__(self, policy: Policy, *, init: str = "policy") -> None:
+        super().__init__()
+        if init == "policy":
+            self.backbone: PreTrainedModel = copy.deepcopy(policy.merged().base_model)
+            self.head = _Head(policy.hidden_size)
+        else:
+            model = _load_reward_model(init, policy)
+            self.backbone = model.base_model
+            self.head = _Head(model.config.get_text_config().hidden_size)
+            with torch.no_grad():
+                self.head.weight.copy_(model.score.weight)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+
+    def forward(
+        self,
+        _output: PolicyOutput,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        response_ids: Tensor,
+        response_mask: Tensor,
+    ) -> Tensor:
+        """Values (B, T + 1) as for :class:`ValueHead`."""
+        mask = torch.cat([prompt_mask, response_mask], dim=1)
+        hidden = self.backbone(
+            input_ids=torch.cat([prompt_ids, response_ids], dim=1),
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            use_cache=False,
+        ).last_hidden_state
+        return self.head(hidden[:, prompt_ids.shape[1] - 1 :])
+
+    def save(self, folder: Path) -> None:
+        folder = Path(folder) / "critic"
+        self.backbone.save_pretrained(folder)
+        save_file(self.head.state_dict(), folder / HEAD_FILE)
+
+
+def load_head(head: nn.Module, path: str) -> None:
+    file = Path(path) / HEAD_FILE
+    if not file.exists():
+        raise UserError(f"critic.path={path}: there is no {HEAD_FILE} in this folder")
+    head.load_state_dict(load_file(file))
+
+
+def _load_reward_model(path: str, policy: Policy) -> PreTrainedModel:
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(resolve_model(path), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"critic.init={path}: no sequence classifier could be loaded: {error}") from error
+    size, expected = model.config.get_text_config().vocab_size, policy.base.config.get_text_config().vocab_size
+    if size != expected or getattr(model, "score", None) is None:
+        raise UserError(
+            f"critic.init={path} cannot be the critic: it reads {size} token ids and the policy writes {expected}, "
+            "or it is an encoder. A critic from a reward model needs a causal one with the policy's tokenizer; "
+            "use critic.init=policy otherwise."
+        )
+    return model

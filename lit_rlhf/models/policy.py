@@ -1,0 +1,258 @@
+"""The policy: any causal language model of transformers, fully trained or through LoRA."""
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import entropy_from_logits, selective_logprobs
+from lit_rlhf.models.sources import resolve_model
+from lit_rlhf.rollout.sampler import position_ids
+
+
+class PolicyOutput(NamedTuple):
+    """What one forward pass says about a batch of responses of T tokens.
+
+    Attributes:
+        logprobs: (B, T) log-probability of each response token at the given temperature, fp32, nats.
+        entropy: (B, T) entropy of the distribution that each token was drawn from, fp32, nats.
+        hidden: (B, T + 1, d) last hidden states. Entry t is the state in which token t is chosen; the last one is the
+            state after the last token.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    hidden: Tensor
+
+
+class Policy(nn.Module):
+    """A causal language model with its tokenizer.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer; padding side and a missing pad token are set here.
+        lora: keyword arguments of ``peft.LoraConfig`` (``r``, ``lora_alpha``, ``target_modules``, ...); None trains all
+            weights. The adapter starts at zero, so the first policy equals the model.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        lora: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            raise UserError("the policy's tokenizer has neither a pad nor an eos token; set one before training")
+        self.tokenizer = tokenizer
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora is not None:
+            try:
+                model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"policy.lora={lora} does not fit this model: {error}") from error
+        self.model = model
+        object.__setattr__(self, "_decoder", None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        *,
+        path: str,
+        lora: dict[str, Any] | None = None,
+        attention: str | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> "Policy":
+        """Loads a policy by hub name, by folder, or by a short name such as ``smollm2`` (see ``lit-rlhf fetch``).
+
+        A folder with a peft adapter is loaded and merged into its base model, so that a new adapter starts on top and
+        the reference is the model that the run starts from. ``attention`` names one of transformers' implementations;
+        on a CPU ``eager`` trains short texts quicker than the default.
+
+        Raises:
+            UserError: nothing can be loaded from ``path``.
+        """
+        folder = resolve_model(path)
+        settings = {"dtype": torch.float32, "attn_implementation": attention}
+        try:
+            if (Path(folder) / "adapter_config.json").exists():
+                model = AutoPeftModelForCausalLM.from_pretrained(folder, **settings).merge_and_unload()
+            else:
+                model = AutoModelForCausalLM.from_pretrained(folder, **settings)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"policy.path={path}: no causal language model could be loaded: {error}") from error
+        return cls(model=model, tokenizer=tokenizer, lora=lora, gradient_checkpointing=gradient_checkpointing)
+
+    @classmethod
+    def from_config(
+        cls, *, tokenizer: str, lora: dict[str, Any] | None = None, model_type: str = "llama", **config: Any
+    ) -> "Policy":
+        """A randomly initialised model: ``config`` goes to transformers' config class of ``model_type``.
+
+        ``tokenizer`` is a path or hub name, or ``bytes``: one token a byte, made on the spot.
+        """
+        made = byte_tokenizer() if tokenizer == "bytes" else AutoTokenizer.from_pretrained(resolve_model(tokenizer))
+        special = {"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id}
+        try:
+            model_config = AutoConfig.for_model(
+                model_type, vocab_size=len(made), pad_token_id=made.pad_token_id, **special, **config
+            )
+        except ValueError as error:
+            raise UserError(f"policy.model_type={model_type}: {error}") from error
+        return cls(model=AutoModelForCausalLM.from_config(model_config), tokenizer=made, lora=lora)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, without peft's wrapper."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def hidden_size(self) -> int:
+        return self.base.config.get_text_config().hidden_size
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence the model takes, in tokens; None where its config does not say."""
+        return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The ids that end a completion: those of the generation config, and the tokenizer's end of sequence."""
+        configured = self.base.generation_config.eos_token_id if self.base.generation_config else None
+        ids = configured if isinstance(configured, list) else [configured]
+        return sorted({i for i in [*ids, self.tokenizer.eos_token_id] if i is not None})
+
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        response_ids: Tensor,
+        response_mask: Tensor,
+        *,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+    ) -> PolicyOutput:
+        """Log-probabilities and entropies of responses (B, T) after prompts (B, P), padded left and right.
+
+        The head runs at the response positions only. Positions count real tokens, so padding changes nothing.
+        Log-softmax and entropy are in fp32 at every precision. The entropy is detached unless ``entropy_grad``.
+        """
+        start, steps = prompt_ids.shape[1] - 1, response_ids.shape[1]
+        mask = torch.cat([prompt_mask, response_mask], dim=1)
+        states: list[Tensor] = []
+        hook = self.base.base_model.register_forward_hook(
+            lambda _module, _inputs, output: states.append(output.last_hidden_state)
+        )
+        try:
+            output = self.model(
+                input_ids=torch.cat([prompt_ids, response_ids], dim=1),
+                attention_mask=mask,
+                position_ids=position_ids(mask),
+                logits_to_keep=torch.arange(start, start + steps, device=mask.device),
+                use_cache=False,
+            )
+        finally:
+            hook.remove()
+        # At temperature 1 the logits stay as they are: the functions below work in fp32 without a whole fp32 copy.
+        logits = output.logits if temperature == 1 else output.logits.float() / temperature
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+            entropy = entropy_from_logits(logits)
+        return PolicyOutput(selective_logprobs(logits, response_ids), entropy, states[0][:, start:])
+
+    def decoder(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The model to decode with: weights as they are now, LoRA merged, in ``dtype``. Called once per rollout phase.
+
+        A copy is kept where it pays (LoRA, or another dtype); only what trains is written into it again.
+        """
+        if dtype == torch.float32 and not isinstance(self.model, PeftModel):
+            return self.model
+        # Lightning validates in inference mode, whose tensors could never be written to again in training.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._decoder is None:
+                clone = copy.deepcopy(self.model)
+                clone = clone.unload() if isinstance(clone, PeftModel) else clone
+                for parameter in clone.parameters():
+                    parameter.requires_grad_(False)
+                    parameter.data = parameter.data.to(dtype)
+                # Not a submodule: it must not enter the optimiser, the checkpoint or train().
+                object.__setattr__(self, "_decoder", clone.eval())
+            self._refresh(self._decoder)
+        return self._decoder
+
+    def _refresh(self, clone: PreTrainedModel) -> None:
+        targets = dict(clone.named_parameters())
+        if not isinstance(self.model, PeftModel):
+            for name, parameter in self.model.named_parameters():
+                targets[name].copy_(parameter)
+            return
+        for name, module in self.base.named_modules():
+            if isinstance(module, LoraLayer):
+                delta = sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
+                targets[f"{name}.weight"].copy_(module.get_base_layer().weight + delta)
+
+    def merged(self) -> PreTrainedModel:
+        """A copy of the model with the adapter merged in, in full precision."""
+        clone = copy.deepcopy(self.model)
+        return clone.merge_and_unload() if isinstance(clone, PeftModel) else clone
+
+    def save(self, folder: Path) -> None:
+        """Writes the merged model and the tokenizer in Hugging Face's format (safetensors)."""
+        self.merged().save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Policy":
+        clone = Policy.__new__(Policy)
+        nn.Module.__init__(clone)
+        clone.model = copy.deepcopy(self.model, memo)
+        clone.tokenizer = self.tokenizer
+        clone._decoder = None
+        return clone
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """Sets every dropout probability to 0.
+
+    Rollout and update must see the same distribution, or the first ratio is not 1. Some models keep probabilities as
+    plain attributes (``attention_dropout``) and read them in their forward pass.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """256 byte tokens and three special ones: for tiny models and tests, no download."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )

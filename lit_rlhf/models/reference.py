@@ -1,0 +1,61 @@
+"""The reference: the model that the run starts from, to which the KL is measured. It never changes."""
+
+import copy
+import hashlib
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lit_rlhf.models.policy import Policy
+
+
+class AdapterOff:
+    """Under LoRA the reference is the policy with its adapter switched off: no second copy of the weights."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def logprobs(self, *tokens: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities (B, T) under the reference; arguments as in ``Policy.forward``."""
+        with self._policy.model.disable_adapter():
+            return self._policy(*tokens, temperature=temperature).logprobs
+
+    def fingerprint(self) -> str:
+        """A hash of the reference's weights: the same at the start, at the end and after a resume."""
+        return _hash({k: v for k, v in self._policy.model.state_dict().items() if "lora_" not in k})
+
+    def to(self, _device: torch.device) -> "AdapterOff":
+        return self
+
+
+class FrozenCopy:
+    """In full fine-tuning the reference is a copy made before the first update."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = copy.deepcopy(policy).eval()
+        for parameter in self._policy.parameters():
+            parameter.requires_grad_(False)
+
+    def logprobs(self, *tokens: Tensor, temperature: float) -> Tensor:
+        return self._policy(*tokens, temperature=temperature).logprobs
+
+    def fingerprint(self) -> str:
+        return _hash(self._policy.model.state_dict())
+
+    def to(self, device: torch.device) -> "FrozenCopy":
+        self._policy.to(device)
+        return self
+
+
+def make_reference(policy: Policy) -> AdapterOff | FrozenCopy:
+    """The reference that fits ``policy``. Make it before training, from the weights that the run starts from."""
+    return AdapterOff(policy) if isinstance(policy.model, PeftModel) else FrozenCopy(policy)
+
+
+def _hash(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,92 @@
+"""A trained reward model, or any sequence classifier, as a reward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.checks import check_number
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.scorer import Scorer
+from lit_rlhf.rewards.text import Scope, check_scope, texts_to_score
+
+
+class ModelReward:
+    """The score that a sequence classifier gives a text; frozen, without dropout, in fp32.
+
+    With one label (a reward model) the score is its logit. With several it is the log-odds of ``positive_label``,
+
+        log p - log(1 - p),    p = softmax(logits)[positive_label],
+
+    which for two labels is the difference of their logits.
+
+    Args:
+        path: hub name or folder, e.g. the ``model`` folder of a reward-model run.
+        batch_size: texts in one forward pass.
+        max_length: longer texts lose their end, in tokens; by default what the model was trained with.
+        on: ``text`` scores the prompt with its completion, ``completion`` the completion alone. A chat prompt is never
+            part of the text.
+        positive_label: name or number of the label that is wanted; required with several labels.
+
+    Raises:
+        UserError: nothing to load, no such label, or a label missing.
+    """
+
+    name = "model"
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        batch_size: int = 64,
+        max_length: int | None = None,
+        on: Scope = "text",
+        positive_label: str | int | None = None,
+    ) -> None:
+        self.batch_size = int(check_number("reward.batch_size", batch_size, at_least=1))
+        self.on = check_scope(on)
+        self.scorer = Scorer.from_pretrained(path=path, max_length=max_length).eval().requires_grad_(False)
+        self.label = _label(self.scorer.model.config.id2label, positive_label, path)
+        self.device: torch.device | str = "cpu"
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **_columns: Any) -> Tensor:
+        rows = self.scorer.tokenize(texts_to_score(prompts, completions, self.on))
+        # Texts of similar length share a batch: less padding.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        scores = torch.empty(len(rows))
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            scores[part] = self._score(*self.scorer.pad([rows[i] for i in part])).cpu()
+        return scores
+
+    @torch.no_grad()
+    def _score(self, ids: Tensor, mask: Tensor) -> Tensor:
+        # The precision of training is not the scorer's: a score must not depend on it.
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            logits = self.scorer(ids.to(self.device), mask.to(self.device))
+        if self.label is None:
+            return logits[:, 0]
+        logprobs = logits.log_softmax(-1)
+        others = torch.cat([logprobs[:, : self.label], logprobs[:, self.label + 1 :]], dim=-1)
+        return logprobs[:, self.label] - others.logsumexp(-1)
+
+    def to(self, device: torch.device | str) -> "ModelReward":
+        self.scorer.to(device)
+        self.device = device
+        return self
+
+
+def _label(names: dict[int, str], wanted: str | int | None, path: str) -> int | None:
+    """The number of the wanted label; None where the model has a single output."""
+    choices = ", ".join(f"{number} ({name})" for number, name in names.items())
+    if len(names) == 1:
+        if wanted is not None:
+            raise UserError(f"reward.positive_label={wanted}: {path} has one output, so there is no label to choose")
+        return None
+    if wanted is None:
+        raise UserError(f"{path} has {len(names)} labels: set reward.positive_label to one of {choices}")
+    matches = [n for n, name in names.items() if wanted == n or str(wanted).lower() == str(name).lower()]
+    if len(matches) != 1:
+        raise UserError(f"reward.positive_label={wanted}: {path} has the labels {choices}")
+    return matches[0]

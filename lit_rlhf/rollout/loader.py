@@ -1,0 +1,121 @@
+"""Stage 6: the loader that the fit loop iterates. One pass = one iteration: a rollout phase, then its minibatches."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lit_rlhf.batch import Experience
+from lit_rlhf.data.tokenize import PromptRows, Row
+from lit_rlhf.errors import UserError
+from lit_rlhf.rollout.philox import derive_seed
+
+
+def exact_div(number: int, divisor: int, number_name: str, divisor_name: str) -> int:
+    """``number / divisor`` where it divides.
+
+    >>> exact_div(32, 8, "rollout_batch_size", "minibatch_size")
+    4
+    """
+    if divisor < 1 or number < 1 or number % divisor:
+        raise UserError(f"{number_name}={number} is not divisible by {divisor_name}={divisor}")
+    return number // divisor
+
+
+class RolloutLoader:
+    """Turns prompts into experience and hands it out in shuffled micro-batches, ``epochs`` times over.
+
+    Each ``iter()`` is one iteration: ``collect`` makes the experience of ``rollout_batch_size`` prompts (stages 1 to
+    5). It is cut into minibatches (one optimiser step each) and those into micro-batches (one forward pass each). The
+    order of epoch k of iteration i is a function of (seed, i, k). It is a plain sized iterable, not a ``DataLoader``,
+    because Lightning fetches a batch ahead from an unsized one, and the rollout would be one step stale.
+
+    Every micro-batch carries its weight, n_micro * micro-batches / n_minibatch in tokens: the fit loop divides the loss
+    by the number of micro-batches, so the gradient is that of the minibatch's mean over tokens, however it is split.
+
+    Args:
+        prompts: where prompts come from.
+        collect: (iteration, rows) -> Experience on the CPU.
+        rollout_batch_size: prompts of one iteration.
+        minibatch_size: completions of one optimiser step.
+        micro_batches: forward passes of one optimiser step (the trainer's ``accumulate_grad_batches``).
+        epochs: passes over the experience.
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompts: PromptRows,
+        collect: Callable[[int, list[Row]], Experience],
+        rollout_batch_size: int,
+        minibatch_size: int,
+        micro_batches: int,
+        epochs: int,
+        seed: int,
+    ) -> None:
+        self.minibatches = exact_div(
+            rollout_batch_size, minibatch_size, "algorithm.rollout_batch_size", "algorithm.minibatch_size"
+        )
+        self.micro_batch_size = exact_div(
+            minibatch_size, micro_batches, "algorithm.minibatch_size", "trainer.accumulate_grad_batches"
+        )
+        self.prompts = prompts
+        self.collect = collect
+        self.rollout_batch_size = rollout_batch_size
+        self.minibatch_size = minibatch_size
+        self.micro_batches = micro_batches
+        self.epochs = epochs
+        self.seed = seed
+        self.iteration = 0  # the iteration that the buffer belongs to
+        self.position = 0  # micro-batches of it already handed out
+        self.experience: Experience | None = None  # None between iterations
+
+    def __len__(self) -> int:
+        return self.epochs * self.minibatches * self.micro_batches
+
+    def __iter__(self) -> Iterator[Experience]:
+        if self.experience is None:
+            self.experience = self.collect(self.iteration, self.prompts.draw(self.rollout_batch_size))
+            self.position = 0
+        while self.experience is not None and self.position < len(self):
+            batch = self._micro_batch(self.position)
+            self.position += 1  # before the yield: a checkpoint made during the step resumes after it
+            yield batch
+
+    def _micro_batch(self, position: int) -> Experience:
+        step, micro = divmod(position, self.micro_batches)
+        epoch, minibatch = divmod(step, self.minibatches)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.iteration, epoch))
+        order = torch.randperm(self.rollout_batch_size, generator=generator)
+        rows = order[minibatch * self.minibatch_size :][: self.minibatch_size]
+        # Rows of similar length share a micro-batch, so that trimming removes more; the minibatch is the same set.
+        rows = rows[self.experience.response_mask[rows].sum(-1).argsort(stable=True)]
+        part = rows[micro * self.micro_batch_size :][: self.micro_batch_size]
+        tokens = self.experience.response_mask[rows].sum()
+        share = self.experience.response_mask[part].sum() * self.micro_batches / tokens
+        batch = self.experience[part].trim()
+        return Experience(**{**vars(batch), "weight": share.float()})
+
+    def finish(self) -> None:
+        """Ends the iteration: its experience is dropped, the next ``iter()`` makes a new rollout."""
+        self.experience = None
+        self.position = 0
+        self.iteration += 1
+
+    def stop(self) -> None:
+        """Hands out nothing more of this iteration (early stop on the target KL)."""
+        self.position = len(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "prompts": self.prompts.state_dict(),
+            "iteration": self.iteration,
+            "position": self.position,
+            "experience": None if self.experience is None else dict(vars(self.experience)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.prompts.load_state_dict(state["prompts"])
+        self.iteration, self.position = state["iteration"], state["position"]
+        self.experience = None if state["experience"] is None else Experience(**state["experience"])

@@ -1,0 +1,164 @@
+"""The files of a run folder that hold numbers and text: how they are read, cut and replaced.
+
+A reader never sees half a file: what is rewritten goes to a temporary file first, which is then renamed. A last
+line without a newline, which a kill cut short, does not count.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.metrics import lookup
+
+METRICS, SAMPLES, SUMMARY, CONFIG = "metrics.csv", "samples.jsonl", "summary.json", "config.yaml"
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replaces a file atomically. A lone surrogate, which UTF-8 cannot hold, becomes '?'."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8", errors="replace", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The complete lines of a text file, without their newlines; none if there is no such file."""
+    # Not splitlines(): a completion may hold U+2028, which JSON leaves as it is.
+    return _text(path).split("\n")[:-1]
+
+
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a metrics.csv and its rows as text, blanks left out."""
+    lines = whole_lines(path)
+    if not lines:
+        return [], []
+    columns, *records = csv.reader(lines)
+    rows = []
+    for number, record in enumerate(records, start=2):
+        if len(record) != len(columns):
+            raise UserError(f"{path}, line {number}: {len(record)} fields, but {len(columns)} in the header.")
+        rows.append({name: value for name, value in zip(columns, record, strict=True) if value != ""})
+    return columns, rows
+
+
+def format_rows(columns: list[str], rows: list[dict[str, str]], *, header: bool) -> str:
+    """Rows as CSV, blank where a row lacks a column."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    if header:
+        writer.writerow(columns)
+    writer.writerows([row.get(name, "") for name in columns] for row in rows)
+    return buffer.getvalue()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv by iteration, each with the metrics it has.
+
+    Several rows of one iteration become one; a later value of a metric replaces an earlier one.
+
+    Raises:
+        UserError: the file cannot be read or holds something that is not a number.
+    """
+    path = run_dir / METRICS
+    joined: dict[float, dict[str, float]] = {}
+    for number, row in enumerate(read_rows(path)[1], start=2):
+        try:
+            values = {name: _number(value) for name, value in row.items()}
+            joined.setdefault(values["iteration"], {}).update(values)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path}, line {number}: not a row of numbers with its iteration: {error}") from None
+    return [joined[iteration] for iteration in sorted(joined)]
+
+
+def _number(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def read_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's samples.jsonl in order.
+
+    Raises:
+        UserError: a line is not a JSON object with its iteration.
+    """
+    path = run_dir / SAMPLES
+    rows = []
+    for number, line in enumerate(whole_lines(path), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+            raise UserError(f"{path}, line {number} is not an object with an integer 'iteration'.")
+        rows.append(row)
+    return rows
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """A run's summary.json; empty while it has none.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    path = run_dir / SUMMARY
+    try:
+        summary = json.loads(_text(path) or "{}")
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(summary, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return summary
+
+
+def finite(value: Any) -> Any:
+    """The value with every NaN and infinity in it replaced by None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_summary(run_dir: Path, **extra: float | str) -> dict[str, float | str]:
+    """Writes and returns summary.json: the last value of every metric, its best value, and `extra`.
+
+    `best/<metric>` exists where metrics.py names a better direction; it ignores values that are not finite. A
+    last value that is not finite is written as the string "nan", "inf" or "-inf".
+    """
+    summary: dict[str, float | str] = {}
+    for row in read_metrics(run_dir):
+        summary |= row
+        for name, value in row.items():
+            better = _better(name) if math.isfinite(value) else None
+            if better:
+                pick = max if better == "higher" else min
+                summary[f"best/{name}"] = pick(value, summary.get(f"best/{name}", value))
+    summary |= extra
+    for name, value in summary.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            summary[name] = str(value)
+    replace_file(run_dir / SUMMARY, json.dumps(summary, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    return summary
+
+
+def _better(name: str) -> str | None:
+    try:
+        return lookup(name).better
+    except UserError:  # a metric of the user's own
+        return None

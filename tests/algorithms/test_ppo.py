@@ -1,0 +1,624 @@
+"""PPO through a real Trainer on tiny models: a test for every known way of getting it wrong."""
+
+import copy
+import math
+
+import lightning as L
+import pytest
+import torch
+from tiny import LORA, Prompts, letters, tiny_model, tiny_policy
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification
+
+from lit_rlhf.algorithms import PPO
+from lit_rlhf.clip import SymmetricClip
+from lit_rlhf.data.tokenize import tokenize_prompts
+from lit_rlhf.entropy import ConstantEntropy
+from lit_rlhf.errors import UserError
+from lit_rlhf.kl import AdaptiveKL, FixedKL
+from lit_rlhf.metrics import lookup
+from lit_rlhf.models import Policy, SeparateCritic, ValueHead
+from lit_rlhf.models.policy import byte_tokenizer
+from lit_rlhf.rewards.shaping import ScoreShaper
+from lit_rlhf.rollout.sampler import Sampler
+
+FAMILIES = ["llama", "qwen2", "gpt2", "gpt_neox"]
+
+
+def sgd(lr):
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr)
+
+
+def make(policy=None, *, lr=0.05, steps=6, sampler=None, **changes):
+    settings = {"reward": letters, "rollout_batch_size": 8, "minibatch_size": 4, "ppo_epochs": 2, "seed": 3}
+    return PPO(
+        policy=policy or tiny_policy(),
+        sampler=sampler or Sampler(max_new_tokens=steps),
+        optimizer=sgd(lr),
+        **{**settings, **changes},
+    )
+
+
+class Watch(L.Callback):
+    """Keeps rows, samples and experience."""
+
+    def __init__(self):
+        self.rows, self.samples, self.batches = [], [], []
+
+    def on_row(self, _trainer, _module, row):
+        self.rows.append(row)
+
+    def on_samples(self, _trainer, _module, _iteration, rows):
+        self.samples += rows
+
+    def on_train_batch_start(self, _trainer, _module, batch, _index):
+        self.batches.append(batch)
+
+
+def fit(trainer, ppo, *, data=None, ckpt_path=None, **settings):
+    watch = Watch()
+    settings = {"max_epochs": 2, **settings}
+    callbacks = [watch, *settings.pop("callbacks", [])]
+    trainer(callbacks=callbacks, **settings).fit(ppo, datamodule=data or Prompts(), ckpt_path=ckpt_path)
+    return watch
+
+
+def prompts_of(policy, texts=Prompts.texts, **columns):
+    rows = [{"prompt": text, **{k: v[i] for k, v in columns.items()}} for i, text in enumerate(texts)]
+    return tokenize_prompts(
+        rows, policy.tokenizer, episodes=torch.arange(len(rows)), max_new_tokens=6, context_length=None
+    )
+
+
+def rollout_of(policy, **settings):
+    sampler = Sampler(**{"max_new_tokens": 6, **settings})
+    return sampler.generate(policy.decoder(), prompts_of(policy), seed=0, stop_ids=policy.stop_ids, pad_id=0)
+
+
+def tokens_of(rollout):
+    return rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask
+
+
+# ---- ratio, padding, dropout, precision, temperature -------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_ratio_is_1_in_every_epoch_when_nothing_is_learned(trainer, family, lora):
+    lora = {**LORA, "fan_in_fan_out": True} if lora and family == "gpt2" else lora
+    largest = []
+
+    class Recorded(PPO):
+        def loss(self, batch, output, values):
+            largest.append(float((output.logprobs - batch.logprobs)[batch.response_mask].abs().max()))
+            return super().loss(batch, output, values)
+
+    policy = tiny_policy(family, lora=lora)
+    ppo = Recorded(
+        policy=policy, reward=letters, sampler=Sampler(max_new_tokens=6, chunk_size=5), optimizer=sgd(0.0),
+        rollout_batch_size=12, minibatch_size=6, ppo_epochs=3,
+    )  # fmt: skip
+    fit(trainer, ppo, max_epochs=1, accumulate_grad_batches=3)  # rollout chunk 5, minibatch 6, micro-batch 2
+    assert len(largest) == 3 * 2 * 3
+    assert max(largest) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padding_changes_neither_logprobs_nor_values(family):
+    policy = tiny_policy(family)
+    critic = ValueHead(policy)
+    torch.nn.init.normal_(critic.head.weight)
+    rollout = rollout_of(policy)
+    with torch.no_grad():
+        output = policy(*tokens_of(rollout))
+        values = critic(output)
+        for row in range(len(rollout)):
+            single = rollout[[row]]
+            width, length = int(single.prompt_mask.sum()), int(single.lengths)
+            alone = policy(
+                single.prompt_ids[:, -width:], single.prompt_mask[:, -width:],
+                single.response_ids[:, :length], single.response_mask[:, :length],
+            )  # fmt: skip
+            torch.testing.assert_close(output.logprobs[row, :length], alone.logprobs[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(values[row, : length + 1], critic(alone)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "dropout"), [("gpt2", "resid_pdrop"), ("gpt2", "attn_pdrop"), ("llama", "attention_dropout")]
+)
+def test_dropout_is_off_in_every_pass(trainer, family, dropout):
+    policy = tiny_policy(family, **{dropout: 0.1})
+    policy.train()
+    before = copy.deepcopy(policy)
+    rollout = rollout_of(policy)
+    assert not torch.equal(before(*tokens_of(rollout)).logprobs, before(*tokens_of(rollout)).logprobs)
+    watch = fit(trainer, make(policy, lr=0.0), max_epochs=1)
+    assert torch.equal(policy.train()(*tokens_of(rollout)).logprobs, policy(*tokens_of(rollout)).logprobs)
+    assert watch.rows[0]["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
+
+
+def test_bf16_ratio_stays_close_to_1(trainer):
+    watch = fit(trainer, make(lr=0.0), max_epochs=1, precision="bf16-mixed", accumulate_grad_batches=2)
+    assert abs(watch.rows[0]["policy/ratio_max"] - 1) < 0.05
+    assert watch.batches[0].logprobs.dtype == torch.float32
+
+
+def test_temperature_enters_logprobs_and_entropy_but_not_values():
+    policy = tiny_policy()
+    critic = ValueHead(policy)
+    torch.nn.init.normal_(critic.head.weight)
+    rollout = rollout_of(policy, temperature=0.7)
+    cool, warm = policy(*tokens_of(rollout), temperature=0.7), policy(*tokens_of(rollout), temperature=1.0)
+    mask = rollout.response_mask
+    torch.testing.assert_close(cool.logprobs[mask], rollout.logprobs[mask], atol=1e-5, rtol=1e-5)
+    row = 2
+    ids = torch.cat([rollout.prompt_ids[row][rollout.prompt_mask[row]], rollout.response_ids[row]])
+    logits = policy.model(ids.unsqueeze(0)).logits[0, -7:-1] / 0.7
+    torch.testing.assert_close(cool.entropy[row], torch.distributions.Categorical(logits=logits).entropy())
+    assert not torch.allclose(cool.entropy, warm.entropy)
+    assert torch.equal(critic(cool), critic(warm))
+
+
+def test_a_completion_depends_on_the_seed(trainer):
+    texts = [[s["completion"] for s in fit(trainer, make(seed=s), max_epochs=1).samples] for s in (0, 0, 1)]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+# ---- rewards, KL, reference --------------------------------------------------------------------------------
+
+
+def test_the_score_lands_on_the_last_token_that_counts(trainer):
+    recorded = {}
+
+    class Recorded(PPO):
+        def advantages(self, rewards, rollout, values):
+            recorded.update(rewards=rewards, rollout=rollout)
+            return super().advantages(rewards, rollout, values)
+
+    ppo = Recorded(
+        policy=tiny_policy(spread=0.15), reward=lambda prompts, completions, **_: [5.0] * len(prompts), seed=1,
+        kl=FixedKL(coef=0.0), sampler=Sampler(max_new_tokens=8, stop_tokens=range(2, 60)), rollout_batch_size=8,
+        minibatch_size=4,
+    )  # fmt: skip
+    fit(trainer, ppo, max_epochs=1)
+    lengths = recorded["rollout"].lengths
+    assert len(set(lengths.tolist())) > 2
+    expected = torch.zeros_like(recorded["rewards"])
+    for row, length in enumerate(lengths):
+        expected[row, length - 1] = 5.0
+    assert torch.equal(recorded["rewards"], expected)
+
+
+def test_dense_rewards_keep_their_places(trainer):
+    recorded = {}
+
+    class Recorded(PPO):
+        def advantages(self, rewards, rollout, values):
+            recorded.update(rewards=rewards, mask=rollout.response_mask)
+            return super().advantages(rewards, rollout, values)
+
+    def dense(prompts, completions, **_):
+        return torch.arange(6.0).repeat(len(prompts), 1)
+
+    fit(trainer, Recorded(policy=tiny_policy(), reward=dense, kl=FixedKL(coef=0.0), sampler=Sampler(max_new_tokens=6),
+                          rollout_batch_size=8, minibatch_size=4), max_epochs=1)  # fmt: skip
+    width = recorded["mask"].shape[1]
+    expected = torch.where(recorded["mask"], torch.arange(6.0)[:width], 0.0)
+    torch.testing.assert_close(recorded["rewards"], expected)
+
+
+def test_missing_end_is_charged_and_a_custom_stop_token_is_an_end():
+    shaper = ScoreShaper(missing_eos_penalty=2.0)
+    assert shaper(torch.tensor([1.0, 1.0]), torch.tensor([True, False])).tolist() == [1.0, -1.0]
+    policy = tiny_policy()
+    free = rollout_of(policy)
+    stop = int(free.response_ids[0, 1])
+    stopped = rollout_of(policy, stop_tokens=[stop])
+    assert stopped.finished[0]
+    assert ScoreShaper(missing_eos_penalty=2.0)(torch.ones(8), stopped.finished)[0] == 1.0
+
+
+def test_score_shaping_scales_clips_and_normalises_by_running_moments():
+    finished = torch.ones(3, dtype=torch.bool)
+    assert ScoreShaper(scale=2.0, clip=3.0)(torch.tensor([1.0, 2.0, -9.0]), finished).tolist() == [2.0, 3.0, -3.0]
+    shaper = ScoreShaper(normalize=True)
+    first, second = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 10.0, 5.0])
+    shaper(first, finished)
+    restored = ScoreShaper(normalize=True)
+    restored.load_state_dict(shaper.state_dict())
+    everything = torch.cat([first, second])
+    expected = (second - everything.mean()) / everything.std()
+    torch.testing.assert_close(shaper(second, finished), expected)
+    torch.testing.assert_close(restored(second, finished), expected)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_fresh_policy_has_kl_exactly_0(trainer, lora, estimator):
+    watch = fit(trainer, make(tiny_policy(lora=lora), kl=FixedKL(coef=0.1, estimator=estimator)), max_epochs=2)
+    assert watch.rows[0]["objective/kl"] == 0
+    assert watch.rows[1]["objective/kl"] != 0
+
+
+def test_the_logged_kl_is_the_one_that_was_charged(trainer):
+    charged = []
+
+    class Recorded(PPO):
+        def advantages(self, rewards, rollout, values):
+            charged.append(float(rewards.sum() / len(rewards)))
+            return super().advantages(rewards, rollout, values)
+
+    ppo = Recorded(policy=tiny_policy(), reward=letters, kl=FixedKL(coef=0.3),
+                   sampler=Sampler(max_new_tokens=6), rollout_batch_size=8, minibatch_size=4,
+                   optimizer=sgd(0.5))  # fmt: skip
+    watch = fit(trainer, ppo, max_epochs=3)
+    charged = [whole - row["objective/scores"] for whole, row in zip(charged, watch.rows, strict=True)]
+    assert abs(charged[2]) > 1e-3
+    for row, penalty in zip(watch.rows, charged, strict=True):
+        assert row["objective/kl"] * row["objective/kl_coef"] == pytest.approx(-penalty, abs=1e-5)
+        assert row["objective/non_score_reward"] == pytest.approx(penalty, abs=1e-5)
+        assert row["objective/rlhf_reward"] == pytest.approx(row["objective/scores"] + penalty, abs=1e-5)
+    # and the KL is that of the completions of this iteration: recomputed from the experience
+    batches = watch.batches[-4:-2]
+    kl = sum(float(((b.logprobs - b.ref_logprobs) * b.response_mask).sum()) for b in batches) / 8
+    assert watch.rows[-1]["objective/kl"] == pytest.approx(kl, abs=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_reference_never_changes(trainer, tmp_path, lora):
+    ppo = make(tiny_policy(lora=lora), lr=0.5)
+    before = ppo.reference.fingerprint()
+    weights = copy.deepcopy({n: p for n, p in ppo.named_parameters() if p.requires_grad})
+    fit(trainer, ppo)
+    assert any(not torch.equal(p, weights[n]) for n, p in ppo.named_parameters() if n in weights)
+    assert ppo.reference.fingerprint() == before
+    ppo.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = make(tiny_policy(lora=lora), lr=0.5)
+    fit(trainer, resumed, ckpt_path=tmp_path / "a.ckpt", max_epochs=3)
+    assert resumed.reference.fingerprint() == before
+
+
+def test_resuming_against_another_reference_is_refused(trainer, tmp_path):
+    ppo = make(tiny_policy(lora=LORA))
+    fit(trainer, ppo, max_epochs=1)
+    ppo.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="another reference"):
+        fit(trainer, make(tiny_policy(lora=LORA, seed=1)), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_run_that_starts_from_a_trained_adapter_has_that_adapter_as_its_reference(trainer, tmp_path):
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    trained = Policy.from_pretrained(path=str(tmp_path / "base"), lora=LORA)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    trained.model.save_pretrained(tmp_path / "adapter")
+    trained.tokenizer.save_pretrained(tmp_path / "adapter")
+    policy = Policy.from_pretrained(path=str(tmp_path / "adapter"), lora=LORA)
+    rollout = rollout_of(policy)
+    ours, theirs = policy(*tokens_of(rollout)), trained(*tokens_of(rollout))
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-4, rtol=1e-4)
+    assert fit(trainer, make(policy), max_epochs=1).rows[0]["objective/kl"] == 0
+
+
+def test_adaptive_kl_moves_its_coefficient_and_survives_a_resume(trainer, tmp_path):
+    def kl():
+        return AdaptiveKL(init_coef=0.2, target=0.001, horizon=20)
+
+    whole = fit(trainer, make(kl=kl(), lr=0.5), max_epochs=4).rows
+    coefficients = [row["objective/kl_coef"] for row in whole]
+    assert coefficients[1] < 0.2  # the KL of a fresh policy is 0, below the target
+    assert len(set(coefficients)) == 4
+    first = make(kl=kl(), lr=0.5)
+    fit(trainer, first, max_epochs=2)
+    first.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    later = fit(trainer, make(kl=kl(), lr=0.5), max_epochs=4, ckpt_path=tmp_path / "a.ckpt").rows
+    assert [row["objective/kl_coef"] for row in later] == coefficients[2:]
+
+
+# ---- the update --------------------------------------------------------------------------------------------
+
+
+def gradient(trainer, accumulate, **changes):
+    """The gradient of the first minibatch."""
+    found = {}
+
+    class Recorded(PPO):
+        def on_before_optimizer_step(self, optimizer):
+            if not found:
+                found.update({n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None})
+
+    ppo = Recorded(
+        policy=tiny_policy(spread=0.15), reward=letters, optimizer=sgd(0.0), seed=2, rollout_batch_size=8,
+        minibatch_size=8, ppo_epochs=1, sampler=Sampler(max_new_tokens=8, stop_tokens=range(2, 60)),
+        entropy=ConstantEntropy(coef=0.1), value_coef=0.5, **changes,
+    )  # fmt: skip
+    watch = fit(trainer, ppo, max_epochs=1, accumulate_grad_batches=accumulate)
+    assert len({int(m.sum()) for b in watch.batches for m in b.response_mask}) > 2  # unequal lengths
+    return found
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_the_gradient_does_not_depend_on_the_micro_batch_split(trainer, accumulate):
+    whole, split = gradient(trainer, 1), gradient(trainer, accumulate)
+    assert whole.keys() == split.keys()
+    for name, expected in whole.items():
+        torch.testing.assert_close(split[name], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_policy_gradient_of_the_first_step_is_that_of_advantage_times_logprob(trainer):
+    policy = tiny_policy()
+    ppo = make(policy, lr=0.0, value_coef=0.0, ppo_epochs=1, minibatch_size=8)
+    watch = fit(trainer, ppo, max_epochs=1)
+    batch = watch.batches[0]
+    policy.zero_grad()
+    loss, _ = ppo.loss(batch, policy(*tokens_of(batch)), batch.values)
+    loss.backward()
+    ours = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    logprobs = policy(*tokens_of(batch)).logprobs
+    (-(batch.advantages * logprobs)[batch.response_mask].mean()).backward()
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_advantages_are_whitened_over_the_iteration_or_left_alone(trainer):
+    for whiten in (True, False):
+        watch = fit(trainer, make(whiten_advantages=whiten, minibatch_size=8, ppo_epochs=1), max_epochs=1)
+        batch = watch.batches[0]
+        a = batch.advantages[batch.response_mask]
+        assert (abs(float(a.mean())) < 1e-5) is whiten
+        assert math.isclose(float(a.std()), 1, abs_tol=1e-3) is whiten
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gamma": 0.5}, {"lam": 0.2}, {"value_coef": 2.0}, {"whiten_rewards": True}, {"whiten_advantages": False},
+        {"bootstrap_truncated": True}, {"clip": SymmetricClip(range=0.01)}, {"entropy": ConstantEntropy(coef=1.0)},
+        {"kl": FixedKL(coef=3.0)}, {"scores": ScoreShaper(scale=3.0)}, {"ppo_epochs": 3}, {"minibatch_size": 2},
+        {"target_kl": 1e-6}, {"critic": SeparateCritic}, {"clip": SymmetricClip(value_range=1e-3)}, {"seed": 4},
+        {"reward": lambda completions, **_: [float(len(c)) for c in completions]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_every_setting_changes_what_is_learned(trainer, changes):
+    def weights(**changes):
+        ppo = make(lr=0.5, **changes)
+        fit(trainer, ppo)
+        return torch.cat([p.flatten() for p in ppo.policy.parameters()])
+
+    assert not torch.equal(weights(), weights(**changes))
+
+
+def test_updates_stop_on_the_target_kl_and_validation_still_runs(trainer):
+    watch = fit(trainer, make(lr=1.0, target_kl=1e-3, ppo_epochs=4), data=Prompts(validation=True), max_epochs=3)
+    free = fit(trainer, make(lr=1.0, ppo_epochs=4), data=Prompts(validation=True), max_epochs=3)
+    assert [row["policy/updates"] for row in free.rows] == [8, 8, 8]
+    assert all(row["policy/updates"] < 8 and row["policy/early_stopped"] == 1 for row in watch.rows)
+    assert all("val/objective/scores" in row for row in watch.rows + free.rows)
+    assert [row["iteration"] for row in watch.rows] == [1, 2, 3]
+
+
+def test_max_steps_counts_optimiser_steps(trainer):
+    ppo = make()
+    fit(trainer, ppo, max_epochs=-1, max_steps=6, accumulate_grad_batches=2)
+    assert ppo.trainer.global_step == 6
+    assert ppo.iteration == 2  # 4 steps an iteration: the second one was cut short
+
+
+def test_reward_rises_when_ppo_trains(trainer):
+    def few(prompts, completions, **_):
+        return [-sum(c.isascii() for c in text) / 6 for text in completions]
+
+    ppo = PPO(policy=tiny_policy(), reward=few, sampler=Sampler(max_new_tokens=6), rollout_batch_size=32,
+              minibatch_size=32, ppo_epochs=2, kl=FixedKL(coef=0.0),
+              optimizer=lambda p: torch.optim.Adam(p, lr=1e-2))  # fmt: skip
+    rows = fit(trainer, ppo, max_epochs=15).rows
+    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.1
+    assert rows[-1]["objective/kl"] > 0.1
+
+
+def test_bootstrapping_adds_the_value_after_a_cut_completion():
+    ppo = make(bootstrap_truncated=True, whiten_advantages=False, gamma=0.9, lam=1.0)
+    rollout = rollout_of(ppo.policy)[:2]
+    rollout = type(rollout)(**{**vars(rollout), "finished": torch.tensor([False, True])})
+    width = rollout.response_ids.shape[1]
+    values = torch.zeros(2, width + 1)
+    values[:, -1] = 10.0
+    assert rollout.response_mask.all()
+    advantages, _ = ppo.advantages(torch.zeros(2, width), rollout, values)
+    expected = [10 * 0.9 ** (width - t) for t in range(width)]  # discounted to each token
+    torch.testing.assert_close(advantages, torch.tensor([expected, [0.0] * width]))
+
+
+# ---- critics, saving ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("critic", [ValueHead, SeparateCritic])
+def test_values_survive_saving_and_loading_a_checkpoint(trainer, tmp_path, critic):
+    ppo = make(critic=critic)
+    fit(trainer, ppo)
+    ppo.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    rollout = rollout_of(ppo.policy)
+    fresh = make(critic=critic)
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    fresh.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        expected = ppo.critic(ppo.policy(*tokens_of(rollout)), *tokens_of(rollout))
+        actual = fresh.critic(fresh.policy(*tokens_of(rollout)), *tokens_of(rollout))
+    assert expected.abs().max() > 1e-3
+    assert torch.equal(actual, expected)
+
+
+def test_the_exported_model_and_value_head_load_and_agree(trainer, tmp_path):
+    ppo = make(tiny_policy(lora=LORA), lr=0.5)
+    fit(trainer, ppo)
+    ppo.export(tmp_path / "model")
+    loaded = Policy.from_pretrained(path=str(tmp_path / "model"))
+    rollout = rollout_of(ppo.policy)
+    ours, theirs = ppo.policy(*tokens_of(rollout)), loaded(*tokens_of(rollout))
+    torch.testing.assert_close(theirs.logprobs, ours.logprobs, atol=1e-4, rtol=1e-4)
+    head = ValueHead(loaded, path=str(tmp_path / "model"))
+    torch.testing.assert_close(head(theirs), ppo.critic(ours), atol=1e-3, rtol=1e-3)
+
+
+def test_only_what_trains_is_in_the_checkpoint(trainer, tmp_path):
+    ppo = make(tiny_policy(lora=LORA))
+    fit(trainer, ppo)
+    ppo.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    names = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert all("lora_" in name or name.startswith("critic.") for name in names)
+
+
+def test_a_separate_critic_starts_from_a_causal_reward_model_with_the_same_vocabulary(tmp_path):
+    policy = tiny_policy()
+    config = type(policy.base.config)(**{**policy.base.config.to_dict(), "num_labels": 1})
+    reward_model = AutoModelForSequenceClassification.from_config(config)
+    reward_model.save_pretrained(tmp_path / "rm")
+    critic = SeparateCritic(policy, init=str(tmp_path / "rm"))
+    assert torch.equal(critic.head.weight, reward_model.score.weight)
+    AutoModelForSequenceClassification.from_config(
+        type(config)(**{**config.to_dict(), "vocab_size": 99})
+    ).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="99 token ids"):
+        SeparateCritic(policy, init=str(tmp_path / "other"))
+
+
+# ---- data and rewards that are wrong -----------------------------------------------------------------------
+
+
+def rows_module(rows, batch_size=4):
+    class Module(L.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(rows, batch_size=batch_size, collate_fn=lambda r: {k: [x[k] for x in r] for k in r[0]})
+
+    return Module()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "fine"}, {"prompt": "  "}], "prompt 1 of the batch has no tokens"),
+        ([{"prompt": "x" * 200}], "200 tokens; with sampler.max_new_tokens=6 it does not fit the policy's context"),
+        ([{"question": "a"}], "neither 'prompt' nor 'input_ids'"),
+        ([{"prompt": [{"role": "user", "content": "hi"}]}], "no chat template"),
+        ([{"prompt": 3}], "a prompt is a text or a list of messages"),
+    ],
+)
+def test_bad_prompts_are_refused_by_name(trainer, rows, message):
+    with pytest.raises(UserError, match=message):
+        fit(trainer, make(), data=rows_module(rows))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda completions, **_: [1.0] * (len(completions) - 1), "7 scores .* for 8 completions"),
+        (lambda completions, **_: [float("nan")] + [1.0] * 7, "nan for sample 0"),
+        (lambda completions, **_: [1.0] * 5 + [float("inf")] * 3, "inf for sample 5"),
+        (lambda completions, **_: [None] * 8, "None for sample 0"),
+        (lambda completions, **_: 1.0, "must return one number per completion"),
+        (lambda completions, **_: {"a": [1.0] * 8, "b": [1.0] * 9}, "'b' returned 9 scores"),
+    ],
+)
+def test_a_bad_reward_stops_the_run_before_anything_is_learned(trainer, reward, message):
+    policy = tiny_policy()
+    before = copy.deepcopy(policy.state_dict())
+    with pytest.raises(UserError, match=message):
+        fit(trainer, make(policy, reward=reward))
+    assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
+
+
+def test_rewards_see_prompts_completions_and_columns(trainer):
+    seen = {}
+
+    def reward(prompts, completions, **columns):
+        seen.update(prompts=prompts, completions=completions, columns=columns)
+        return {"first": [1.0] * len(prompts), "second": torch.full((len(prompts),), 2.0)}
+
+    watch = fit(trainer, make(reward=reward), max_epochs=1)
+    assert [Prompts.texts[i] for i in seen["columns"]["number"]] == seen["prompts"]
+    assert watch.rows[0]["objective/scores"] == 3.0
+    assert watch.rows[0]["reward/second"] == 2.0
+    assert watch.samples[0]["components"] == {"first": 1.0, "second": 2.0}
+
+
+def test_async_rewards_are_awaited(trainer):
+    async def reward(prompts, **_):
+        return [0.5] * len(prompts)
+
+    assert fit(trainer, make(reward=reward), max_epochs=1).rows[0]["objective/scores"] == 0.5
+
+
+def test_tokenised_prompts_are_taken_as_they_are(trainer):
+    class Tokens(L.LightningDataModule):
+        def train_dataloader(self):
+            ids = torch.tensor([[0, 0, 70, 71], [72, 73, 74, 75]] * 2)
+            return [{"input_ids": ids, "attention_mask": (ids != 0).long(), "label": [1, 2, 3, 4]}]
+
+    watch = fit(trainer, make(), data=Tokens(), max_epochs=1)
+    widths = {tuple(row[m].tolist()) for b in watch.batches for row, m in zip(b.prompt_ids, b.prompt_mask, strict=True)}
+    assert widths == {(70, 71), (72, 73, 74, 75)}
+
+
+def test_chats_go_through_the_template(trainer):
+    policy = tiny_policy()
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    rows = [{"prompt": [{"role": "user", "content": "hi"}]}] * 4
+    watch = fit(trainer, make(policy), data=rows_module(rows), max_epochs=1)
+    batch = watch.batches[0]
+    assert policy.tokenizer.decode(batch.prompt_ids[0][batch.prompt_mask[0]]) == "<user>hi<bot>"
+    assert watch.samples[0]["prompt"] == "user: hi"
+
+
+def test_a_loader_given_straight_to_fit_works(trainer):
+    loop = trainer(max_epochs=1)
+    ppo = make()
+    loop.fit(ppo, DataLoader([{"prompt": t} for t in Prompts.texts], batch_size=3))
+    assert ppo.iteration == 1
+
+
+def test_every_logged_name_is_in_the_metrics_table(trainer):
+    ppo = make(gold=letters, kl=AdaptiveKL(init_coef=0.1, target=1.0, horizon=100))
+    watch = fit(trainer, ppo, data=Prompts(validation=True))
+    for row in watch.rows:
+        for name, value in row.items():
+            lookup(name)
+            assert isinstance(value, (int, float))
+
+
+def test_metrics_do_not_count_padding(trainer):
+    """Every token metric recomputed from the experience with plain loops."""
+    ppo = make(tiny_policy(spread=0.15), lr=0.0, ppo_epochs=1, minibatch_size=8,
+               sampler=Sampler(max_new_tokens=8, stop_tokens=range(2, 60)))  # fmt: skip
+    watch = fit(trainer, ppo, max_epochs=1)
+    batch, row = watch.batches[0], watch.rows[0]
+    tokens = [(i, t) for i in range(8) for t in range(batch.response_mask.shape[1]) if batch.response_mask[i, t]]
+    output = ppo.policy(*tokens_of(batch))
+    count = len(tokens)
+    assert row["tokens"] == count
+    assert row["rollout/response_length"] == pytest.approx(count / 8)
+    assert row["policy/entropy"] == pytest.approx(sum(float(output.entropy[i, t]) for i, t in tokens) / count, rel=1e-5)
+    assert row["objective/entropy"] == pytest.approx(-sum(float(batch.logprobs[i, t]) for i, t in tokens) / 8, rel=1e-5)
+    assert row["returns/mean"] == pytest.approx(sum(float(batch.returns[i, t]) for i, t in tokens) / count, rel=1e-4)
+    assert row["loss/policy"] == pytest.approx(-sum(float(batch.advantages[i, t]) for i, t in tokens) / count, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gamma": 1.5}, "algorithm.gamma"), ({"lam": -0.1}, "algorithm.lam"), ({"value_coef": -1.0}, "value_coef"),
+        ({"target_kl": 0.0}, "target_kl"), ({"ppo_epochs": 0}, "epochs"), ({"seed": -1}, "seed"),
+        ({"sampler": Sampler(top_k=50)}, "top_k"),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_by_name(changes, message):
+    with pytest.raises(UserError, match=message):
+        make(**changes)

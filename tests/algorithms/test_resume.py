@@ -1,0 +1,148 @@
+"""A run that stops and continues is the run that never stopped: weights, rows and samples, to the bit."""
+
+import csv
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import LORA, Prompts, letters, tiny_policy
+
+from lit_rlhf.algorithms import PPO
+from lit_rlhf.callbacks import Samples
+from lit_rlhf.kl import AdaptiveKL
+from lit_rlhf.loggers import CSVLogger
+from lit_rlhf.rewards.shaping import ScoreShaper
+from lit_rlhf.rollout.sampler import Sampler
+
+
+class Stop(L.Callback):
+    """Ends the run as a kill would, right after a checkpoint: nothing behind it is finished or written."""
+
+    def __init__(self, *, iteration=None, step=None):
+        self.iteration, self.step = iteration, step
+
+    def on_train_batch_start(self, trainer, module, _batch, _index):
+        if (module.iteration, trainer.global_step) == (self.iteration, None) or trainer.global_step == self.step:
+            raise Killed
+
+
+class Killed(Exception):
+    pass
+
+
+def make(lora=None, **changes):
+    return PPO(
+        policy=tiny_policy(lora=lora),
+        reward=letters,
+        gold=letters,
+        sampler=Sampler(max_new_tokens=5),
+        kl=AdaptiveKL(init_coef=0.1, target=0.01, horizon=50),
+        scores=ScoreShaper(normalize=True),
+        rollout_batch_size=6,
+        minibatch_size=2,
+        ppo_epochs=2,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+        seed=4,
+        **changes,
+    )
+
+
+def run(folder, ppo, *, until=6, ckpt_path=None, every_n_train_steps=None, stop=None, **settings):
+    """6 optimiser steps an iteration. Checkpoints: at the end of each iteration, or every n steps."""
+    when = {"every_n_train_steps": every_n_train_steps} if every_n_train_steps else {"save_on_train_epoch_end": True}
+    checkpoints = ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True, save_top_k=0, **when)
+    trainer = L.Trainer(
+        accelerator="cpu", default_root_dir=folder, logger=CSVLogger(save_dir=folder), enable_progress_bar=False,
+        callbacks=[checkpoints, Samples(every_n_iterations=1, max_samples=4), *([stop] if stop else [])],
+        enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=2,
+        **{"max_epochs": until, **settings},
+    )  # fmt: skip
+    try:
+        trainer.fit(ppo, datamodule=Prompts(validation=True), ckpt_path=ckpt_path)
+    except Killed:
+        pass
+    return ppo
+
+
+def written(folder):
+    """All rows but wall-clock columns, and all samples, as text."""
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [{k: v for k, v in row.items() if not k.startswith("time/") and "per_second" not in k}
+                for row in csv.DictReader(file)]  # fmt: skip
+    return rows, (folder / "samples.jsonl").read_text()
+
+
+def assert_same(one, two, folder_one, folder_two):
+    states = (one.state_dict(), two.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    rows, samples = zip(written(folder_one), written(folder_two), strict=True)
+    assert rows[0] == rows[1]
+    assert samples[0] == samples[1]
+    assert one.axes == two.axes
+    assert one.kl.coef == two.kl.coef
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_three_and_three_iterations_equal_six(tmp_path, lora):
+    whole = run(tmp_path / "whole", make(lora))
+    run(tmp_path / "split", make(lora), until=3)
+    resumed = run(tmp_path / "split", make(lora), ckpt_path=tmp_path / "split/checkpoints/last.ckpt")
+    assert resumed.iteration == 6
+    assert [int(row["iteration"]) for row in written(tmp_path / "split")[0]] == [1, 2, 3, 4, 5, 6]
+    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6, 8, 11, 12, 13, 17, 18])
+def test_a_kill_in_the_middle_of_an_iteration_changes_nothing(tmp_path, steps):
+    """A checkpoint every ``steps`` steps, a kill after the second one (or the first, late in the run)."""
+    whole = run(tmp_path / "whole", make(), until=4)
+    kill = Stop(step=min(2 * steps, 23))
+    run(tmp_path / "split", make(), until=4, every_n_train_steps=steps, stop=kill)
+    resumed = run(tmp_path / "split", make(), until=4, ckpt_path=tmp_path / "split/checkpoints/last.ckpt")
+    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+
+
+@pytest.mark.parametrize("steps", [5, 12])
+def test_resume_is_exact_when_max_steps_bounds_the_run(tmp_path, steps):
+    bounded = {"max_epochs": -1, "max_steps": 20}
+    whole = run(tmp_path / "whole", make(), **bounded)
+    run(tmp_path / "split", make(), every_n_train_steps=steps, stop=Stop(step=steps), **bounded)
+    resumed = run(tmp_path / "split", make(), ckpt_path=tmp_path / "split/checkpoints/last.ckpt", **bounded)
+    assert resumed.trainer.global_step == 20
+    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+
+
+@pytest.mark.parametrize("steps", [3, 5, 7])
+def test_resume_is_exact_when_updates_stop_early(tmp_path, steps):
+    whole = run(tmp_path / "whole", make(target_kl=2e-4), until=4)
+    assert any(row["policy/early_stopped"] == "1.0" for row in written(tmp_path / "whole")[0])
+    run(tmp_path / "split", make(target_kl=2e-4), until=4, every_n_train_steps=1, stop=Stop(step=steps))
+    resumed = run(tmp_path / "split", make(target_kl=2e-4), until=4, ckpt_path=tmp_path / "split/checkpoints/last.ckpt")
+    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+
+
+def test_micro_batches_resume_too(tmp_path):
+    whole = run(tmp_path / "whole", make(), until=3, accumulate_grad_batches=2)
+    run(tmp_path / "split", make(), until=3, accumulate_grad_batches=2, every_n_train_steps=4, stop=Stop(step=9))
+    resumed = run(tmp_path / "split", make(), until=3, accumulate_grad_batches=2,
+                  ckpt_path=tmp_path / "split/checkpoints/last.ckpt")  # fmt: skip
+    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+
+
+def test_the_same_seed_twice_is_identical_and_two_seeds_differ(tmp_path):
+    one, two = (run(tmp_path / name, make(), until=2) for name in ("one", "two"))
+    assert_same(one, two, tmp_path / "one", tmp_path / "two")
+    other = make()
+    other.seed = 5
+    run(tmp_path / "other", other, until=2)
+    assert written(tmp_path / "other")[1] != written(tmp_path / "one")[1]
+
+
+def test_a_checkpoint_of_another_algorithm_is_refused(tmp_path):
+    from lit_rlhf.errors import UserError
+
+    run(tmp_path, make(LORA), until=1)
+    with pytest.raises(UserError, match="another configuration"):
+        run(tmp_path, make(), ckpt_path=tmp_path / "checkpoints/last.ckpt")

@@ -1,0 +1,124 @@
+"""ModelReward gives each text the score that the classifier gives it alone."""
+
+import math
+
+import pytest
+import torch
+from classifiers import save_classifier
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.rewards import ModelReward
+from lit_rlhf.rewards.scoring import score
+
+PROMPTS = ["A fine ", "It ", "What a long and winding ", "x"]
+COMPLETIONS = ["film.", "was so very boring that I slept", "road", ""]
+TEXTS = [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+
+
+def alone(folder, texts):
+    """The logits of each text by itself, without padding: the oracle."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.config.pad_token_id = None
+    with torch.no_grad():
+        return torch.stack([model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts])
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_scores_are_those_of_the_texts_alone(tmp_path, model_type, batch_size):
+    folder = save_classifier(tmp_path, model_type)
+    scores = ModelReward(path=folder, batch_size=batch_size)(prompts=PROMPTS, completions=COMPLETIONS)
+    torch.testing.assert_close(scores, alone(folder, TEXTS)[:, 0], rtol=1e-4, atol=1e-5)
+    assert scores.std() > 0.01
+
+
+def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path):
+    folder = save_classifier(tmp_path, "gpt2", pad=False)
+    scores = ModelReward(path=folder)(prompts=PROMPTS, completions=COMPLETIONS)
+    torch.testing.assert_close(scores, alone(folder, TEXTS)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_on_completion_leaves_the_prompt_out_and_a_chat_is_never_in_the_text(tmp_path):
+    folder = save_classifier(tmp_path)
+    reward = ModelReward(path=folder, on="completion")
+    expected = alone(folder, ["good", "bad"])[:, 0]
+    torch.testing.assert_close(reward(prompts=["a", "b"], completions=["good", "bad"]), expected)
+    chat = [{"role": "user", "content": "how was it?"}]
+    torch.testing.assert_close(ModelReward(path=folder)(prompts=[chat] * 2, completions=["good", "bad"]), expected)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_an_empty_completion_has_a_finite_score(tmp_path, model_type):
+    folder = save_classifier(tmp_path, model_type, pad=False)
+    reward = ModelReward(path=folder, on="completion")
+    scores = reward(prompts=["a", "b"], completions=["", "ok"])
+    assert scores.isfinite().all()
+    torch.testing.assert_close(scores[1:], reward(prompts=["b"], completions=["ok"]))
+
+
+@pytest.mark.parametrize("wanted", ["POSITIVE", "positive", 2, "2"])
+def test_several_labels_give_the_log_odds_of_the_wanted_one(tmp_path, wanted):
+    folder = save_classifier(tmp_path, labels=3, names=["negative", "2" if wanted == "2" else "neutral", "POSITIVE"])
+    logits = alone(folder, TEXTS)
+    label = 1 if wanted == "2" else 2
+    odds = [p / (1 - p) for p in logits.double().softmax(-1)[:, label].tolist()]
+    scores = ModelReward(path=folder, positive_label=wanted)(prompts=PROMPTS, completions=COMPLETIONS)
+    assert scores.tolist() == pytest.approx([math.log(x) for x in odds], rel=1e-3, abs=1e-4)
+
+
+def test_two_labels_give_the_difference_of_their_logits(tmp_path):
+    folder = save_classifier(tmp_path, labels=2, names=["bad", "good"])
+    logits = alone(folder, TEXTS)
+    scores = ModelReward(path=folder, positive_label="good")(prompts=PROMPTS, completions=COMPLETIONS)
+    torch.testing.assert_close(scores, logits[:, 1] - logits[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_labels_must_be_named_and_exist(tmp_path):
+    several = save_classifier(tmp_path / "several", labels=2, names=["bad", "good"])
+    one = save_classifier(tmp_path / "one")
+    with pytest.raises(UserError, match=r"2 labels: set reward.positive_label to one of 0 \(bad\), 1 \(good\)"):
+        ModelReward(path=several)
+    with pytest.raises(UserError, match=r"positive_label=fine: .* has the labels 0 \(bad\), 1 \(good\)"):
+        ModelReward(path=several, positive_label="fine")
+    with pytest.raises(UserError, match="has one output"):
+        ModelReward(path=one, positive_label="good")
+
+
+def test_it_is_frozen_without_dropout_and_in_fp32_whatever_surrounds_it(tmp_path):
+    reward = ModelReward(path=save_classifier(tmp_path))
+    assert not any(p.requires_grad for p in reward.scorer.parameters())
+    first = reward(prompts=PROMPTS, completions=COMPLETIONS)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = reward(prompts=PROMPTS, completions=COMPLETIONS)
+    assert first.requires_grad is False
+    assert torch.equal(first, again)
+
+
+def test_long_texts_lose_their_end(tmp_path):
+    folder = save_classifier(tmp_path)
+    reward = ModelReward(path=folder, max_length=5)
+    scores = reward(prompts=["abc", "abcde"], completions=["defgh", ""])
+    assert scores[0] == pytest.approx(float(scores[1]))
+    torch.testing.assert_close(scores[:1], alone(folder, ["abcde"])[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_length_beyond_the_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="max_length=65 must be at least 1 and at most the model's 64 tokens"):
+        ModelReward(path=save_classifier(tmp_path), max_length=65)
+
+
+def test_a_model_without_a_trained_head_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a trained sequence classifier"):
+        ModelReward(path=save_classifier(tmp_path, head=False))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no sequence classifier could be loaded"):
+        ModelReward(path=str(tmp_path))
+
+
+def test_it_has_one_component_named_model(tmp_path):
+    reward = ModelReward(path=save_classifier(tmp_path))
+    assert list(score(reward, PROMPTS, COMPLETIONS, {"extra": [1, 2, 3, 4]})) == ["model"]
