@@ -1,0 +1,24 @@
+"""Keeps other libraries' chatter off the terminal of a command; warnings that a user can act on stay."""
+
+import logging
+import warnings
+
+from transformers.utils import logging as transformers_logging
+
+_NOISE = (
+    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 on torch 2.13
+    r".*module\(s\) in eval mode at the start of training.*",  # models load in eval mode; dropout is off on purpose
+    r".*does not have many workers.*",
+    r".*is_gradient_checkpointing.*",  # peft on transformers 5
+    r".*ModelCheckpoint.*dirpath.*exists and is not empty.*",  # so it is in every resumed run
+    r".*Total length of `list` across ranks is zero.*",
+)
+
+
+def quiet() -> None:
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)

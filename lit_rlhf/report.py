@@ -1,0 +1,73 @@
+"""report.html: what a run, or a pipeline of runs, changed, on one page that opens from disk.
+
+The page is made of what the run folder holds (config.yaml, metrics.csv, samples.jsonl, summary.json), also of a run
+that is still going, and says what is missing. It needs no network and no script; everything that a model or a user
+wrote is escaped.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from lit_rlhf.config import plain_command
+from lit_rlhf.errors import UserError
+from lit_rlhf.report_charts import png
+from lit_rlhf.report_section import STAGES, definition, is_run, load_runs, main_panels, make_section
+from lit_rlhf.report_text import number, signed
+from lit_rlhf.run_folder import replace_file
+
+REPORT, PICTURE = "report.html", "report.png"
+
+
+def build_report(path: Path) -> Path:
+    """Writes `<path>/report.html` for a run folder of any stage, or for a pipeline folder, and returns its path.
+
+    Raises:
+        UserError: the folder is neither, or a file in it cannot be read.
+    """
+    path = Path(path)
+    runs = load_runs(path)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "signed": signed}
+    template = environment.from_string((files("lit_rlhf") / "report.html.jinja").read_text(encoding="utf-8"))
+    pipeline = runs[0].path != path
+    usual = pipeline and all(run.path.name in STAGES for run in runs)
+    page = template.render(
+        title=path.absolute().name,
+        pipeline=pipeline,
+        sections=[make_section(run) for run in runs],
+        missing=[title for stage, title in STAGES.items() if usual and not is_run(path / stage)],
+    )
+    replace_file(path / REPORT, page)
+    return path / REPORT
+
+
+def picture(path: Path) -> Path:
+    """Writes `<path>/report.png`, the main curves of a run (of a pipeline, its last stage), and returns its path.
+
+    Raises:
+        UserError: as `build_report`; or the run has no metrics yet.
+    """
+    path = Path(path)
+    run = load_runs(path)[-1]
+    panels = list(main_panels(run))[:6]
+    if not panels:
+        raise UserError(f"{run.path} has no metrics to draw yet.")
+    units = [definition(panel.metric).unit for panel in panels]
+    titles = [
+        f"{panel.title}, {unit}" if unit.startswith(("nats", "tokens")) else panel.title
+        for panel, unit in zip(panels, units, strict=True)
+    ]
+    drawn = [(title, panel.series, panel.x_label) for title, panel in zip(titles, panels, strict=True)]
+    (path / PICTURE).write_bytes(png(drawn))
+    return path / PICTURE
+
+
+@plain_command
+def main(arguments: list[str]) -> None:
+    """Writes report.html into each of the named run or pipeline folders."""
+    if not arguments:
+        raise UserError("usage: lit-rlhf report FOLDER [FOLDER ...]: folders of runs or pipelines")
+    for argument in arguments:
+        print(build_report(Path(argument)))

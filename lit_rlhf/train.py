@@ -1,0 +1,182 @@
+"""One training run of any stage, composed by Hydra: ``lit-rlhf train`` or ``python -m lit_rlhf.train``."""
+
+import gc
+import logging
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+
+from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.config import command, differences, instantiate, instantiate_all, refuse_unknown, resolved
+from lit_rlhf.errors import UserError
+from lit_rlhf.precision import best_precision
+from lit_rlhf.quiet import quiet
+from lit_rlhf.run_folder import write_summary
+
+log = logging.getLogger(__name__)
+
+#: Config groups whose objects the algorithm's constructor takes, under the same names.
+PARTS = ("policy", "critic", "reward", "gold", "kl", "clip", "entropy", "sampler", "optimizer", "scheduler")
+_OWN = ("algorithm", "data", "trainer", "logger", "callbacks", "paths")
+_PLAIN = ("task_name", "tags", "seed", "ckpt_path", "optimized_metric")
+#: What may differ between a checkpoint's run and the run that continues it.
+_MAY_DIFFER = (
+    "task_name", "tags", "ckpt_path", "optimized_metric", "paths", "logger", "callbacks", "trainer.max_epochs",
+    "trainer.max_steps", "trainer.max_time", "trainer.default_root_dir", "trainer.check_val_every_n_epoch",
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """The live objects of a run."""
+
+    folder: Path
+    config: dict[str, Any]  # resolved
+    algorithm: Algorithm
+    datamodule: Any
+    trainer: L.Trainer
+
+
+def build(config: DictConfig) -> Run:
+    """Makes every object of a composed config.
+
+    Raises:
+        UserError: a key that nobody reads, or a value that a constructor refuses.
+    """
+    refuse_unknown(config, {*PARTS, *_OWN, *_PLAIN})
+    quiet()
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")
+    folder = Path(config.paths.output_dir).absolute()
+    parts = {name: instantiate(config[name], name) for name in PARTS if name in config}
+    algorithm = instantiate(config.algorithm, "algorithm", seed=config.seed, **parts)
+    precision = best_precision() if config.trainer.precision == "auto" else config.trainer.precision
+    trainer = instantiate(
+        config.trainer,
+        "trainer",
+        precision=precision,
+        default_root_dir=str(folder),
+        logger=instantiate_all(config.get("logger"), "logger") or False,
+        callbacks=instantiate_all(config.get("callbacks"), "callbacks"),
+    )
+    datamodule = instantiate(config.data, "data")
+    algorithm.config = {**resolved(config), "precision_used": precision}
+    return Run(folder, algorithm.config, algorithm, datamodule, trainer)
+
+
+def train(config: DictConfig) -> float | None:
+    """Runs one stage from start, or from ``ckpt_path``, to its end, and leaves the run folder behind.
+
+    Returns:
+        The last value of ``optimized_metric``, for sweepers; None if there is none to optimise.
+
+    Raises:
+        UserError: a mistake in the config, the data or the reward. What the run wrote so far stays.
+    """
+    start = time.perf_counter()
+    run = build(config)
+    checkpoint = find_checkpoint(config.ckpt_path, run)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+    status = "failed"
+    try:
+        for logger in run.trainer.loggers:
+            logger.log_hyperparams(run.config)
+        if checkpoint is None:
+            for target in [*run.trainer.loggers, *run.trainer.callbacks]:
+                if hasattr(target, "resume_from"):
+                    target.resume_from(-1)  # a folder that was used before starts anew
+            if run.algorithm.online and run.trainer.limit_val_batches:
+                run.trainer.validate(run.algorithm, datamodule=run.datamodule, verbose=False)
+        run.trainer.fit(run.algorithm, datamodule=run.datamodule, ckpt_path=checkpoint)
+        if run.trainer.interrupted:
+            raise KeyboardInterrupt
+        run.algorithm.export(run.folder / "model")
+        status = "completed"
+    except (KeyboardInterrupt, SystemExit):
+        status = "interrupted"
+        raise
+    finally:
+        summary = write_summary(
+            run.folder,
+            status=status,
+            wall_seconds=round(time.perf_counter() - start, 1),
+            peak_memory_gb=peak_memory_gb(),
+            **run.algorithm.axes,
+        )
+        close(run.trainer.loggers, summary)
+    from lit_rlhf.report import build_report  # here, because its plotting library takes half a second to import
+
+    build_report(run.folder)
+    log.info("%s: %s", status, run.folder)
+    name = config.optimized_metric
+    del run
+    gc.collect()
+    if name is None:
+        return None
+    if name not in summary:
+        raise UserError(f"optimized_metric={name} was not logged; the last row has {', '.join(sorted(summary))}")
+    return float(summary[name])
+
+
+def close(loggers: list[Logger], summary: dict[str, Any]) -> None:
+    """Ends the runs of loggers; a run that failed is marked so, and the next one in this process starts its own."""
+    completed = summary["status"] == "completed"
+    for logger in loggers:
+        if hasattr(logger, "log_summary"):
+            logger.log_summary(summary)
+        logger.finalize("success" if completed else "failed")
+        if hasattr(logger, "finish"):
+            logger.finish(0 if completed else 1)
+
+
+def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
+    """The checkpoint to continue from: a path, ``auto`` (this run folder's last one, if any), or None.
+
+    Raises:
+        UserError: no such file, not a checkpoint, or one of another configuration, naming the keys that differ.
+    """
+    if ckpt_path is None:
+        return None
+    path = run.folder / "checkpoints" / "last.ckpt" if ckpt_path == "auto" else Path(ckpt_path)
+    if not path.is_file():
+        if ckpt_path == "auto":
+            return None
+        raise UserError(f"ckpt_path={ckpt_path}: there is no such file")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("config")
+    except Exception as error:
+        raise UserError(f"ckpt_path={path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if stored is not None and (changed := differences(stored, run.config, _MAY_DIFFER)):
+        raise UserError(
+            f"the checkpoint {path} belongs to another configuration. These keys differ (checkpoint -> now):\n  "
+            + "\n  ".join(changed)
+            + "\nContinue with the old values, or start a new run in another folder (paths.output_dir=...)."
+        )
+    return str(path)
+
+
+def peak_memory_gb() -> float:
+    """The largest resident memory of this process so far, in units of 1e9 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
+
+
+@command("train")
+def main(config: DictConfig) -> float | None:
+    value = train(config)
+    return None if value is None or math.isnan(value) else value
+
+
+if __name__ == "__main__":
+    main()
