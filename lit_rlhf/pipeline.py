@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_rlhf.config import CONFIG_DIR, command, differences, flatten, refuse_unknown, resolved
 from lit_rlhf.errors import UserError
 from lit_rlhf.run_folder import CONFIG, SUMMARY
+from lit_rlhf.terminal import print_result
 from lit_rlhf.train import train
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,9 @@ def run_pipeline(config: DictConfig) -> float | None:
         value = train(stage)
     from lit_rlhf.report import build_report  # here, because its plotting library takes half a second to import
 
-    log.info("report: %s", build_report(folder))
+    report = build_report(folder)
+    print_result(folder, list(stages))
+    log.info("report: %s", report)
     return value
 
 

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 
 from lit_rlhf.algorithms.base import Algorithm
@@ -22,6 +23,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.precision import best_precision
 from lit_rlhf.quiet import quiet
 from lit_rlhf.run_folder import write_summary
+from lit_rlhf.terminal import print_config
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +98,7 @@ def train(config: DictConfig) -> float | None:
             for target in [*run.trainer.loggers, *run.trainer.callbacks]:
                 if hasattr(target, "resume_from"):
                     target.resume_from(-1)  # a folder that was used before starts anew
-            if run.algorithm.online and run.trainer.limit_val_batches:
+            if run.trainer.limit_val_batches and is_overridden("val_dataloader", run.datamodule):
                 run.trainer.validate(run.algorithm, datamodule=run.datamodule, verbose=False)
         run.trainer.fit(run.algorithm, datamodule=run.datamodule, ckpt_path=checkpoint)
         if run.trainer.interrupted:
@@ -174,6 +176,7 @@ def peak_memory_gb() -> float:
 
 @command("train")
 def main(config: DictConfig) -> float | None:
+    print_config(resolved(config))
     value = train(config)
     return None if value is None or math.isnan(value) else value
 

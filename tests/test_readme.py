@@ -1,0 +1,79 @@
+"""What the README shows works: its Python, its example package, and every command composes."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from lit_rlhf.config import CONFIG_DIR
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
+
+
+def blocks(language):
+    return [text for name, text in BLOCKS if name == language]
+
+
+def commands():
+    lines = [line.split("  #")[0].strip() for text in blocks("bash") for line in text.splitlines()]
+    return [line for line in lines if line.startswith("lit-rlhf ") and not line.endswith("--help")]
+
+
+def run(arguments, folder):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_python_of_the_tour_runs(tmp_path):
+    tour = next(text for text in blocks("python") if "PPO(" in text)
+    (tmp_path / "tour.py").write_text(tour)
+    run(["tour.py"], tmp_path)
+
+
+def test_the_example_package_plugs_in_from_outside(tmp_path):
+    package = next(text for text in blocks("python") if "MyPrompts" in text)
+    (tmp_path / "my_pkg.py").write_text(package)
+    left, right = zip(*(re.split(r" {2,}(?=# )", line) if "  # " in line else (line, "") for line in
+                        next(t for t in blocks("yaml") if "my_pkg" in t).splitlines()), strict=True)  # fmt: skip
+    for kind, lines in (("data", left), ("reward", [line.removeprefix("# ") for line in right])):
+        (tmp_path / "my_conf" / kind).mkdir(parents=True)
+        text = "\n".join(line for line in lines if not line.startswith(("# my_conf", "my_conf")))
+        (tmp_path / "my_conf" / kind / "mine.yaml").write_text(text)
+    command = next(c for c in commands() if "--config-dir my_conf" in c)
+    out = run(["-m", "lit_rlhf", *shlex.split(command)[1:], "sampler.max_new_tokens=4", "logger=csv"], tmp_path)
+    assert "iteration 2/2" in out
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.split()[1] in ("train", "pipeline", "eval", "sample")])
+def test_every_command_composes(command):
+    _, name, *arguments = shlex.split(command)
+    if "--config-dir" in arguments:
+        pytest.skip("run above, with its own configs")
+    overrides = [a for a in arguments if a != "-m"]
+    if name == "pipeline":
+        nested = r"(?!data\.|paths\.|hydra\.)\w+\.[\w.]+="
+        overrides = [f"++{a}" if re.match(nested, a) else a for a in overrides]
+        overrides = [re.sub(r"=([^,\[]*),.*", r"=\1", a) for a in overrides]  # the first value of a sweep
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        compose(name, overrides=overrides)
+
+
+def test_every_config_group_and_member_is_in_the_table():
+    rows = re.findall(r"^\| (`[^|]+`) \| ([^|]+) \|", README.split("## Config groups")[1], flags=re.M)
+    named = {}
+    for groups, members in rows:
+        for group in re.findall(r"`([\w@]+)`", groups):
+            named.setdefault(group.split("@")[0], set()).update(re.findall(r"`([\w/]+)`", members))
+    for group in sorted(p for p in CONFIG_DIR.iterdir() if p.is_dir()):
+        members = {str(f.relative_to(group).with_suffix("")) for f in group.rglob("*.yaml")}
+        if members:
+            assert named.get(group.name) == members, group.name
