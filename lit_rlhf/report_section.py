@@ -108,7 +108,7 @@ def is_run(path: Path) -> bool:
 
 
 def load_runs(path: Path) -> list[Run]:
-    folders = [path] if is_run(path) else sorted(filter(is_run, path.glob("*")), key=_place)
+    folders = [path] if is_run(path) else sorted(filter(is_run, path.glob("[!.]*")), key=_place)
     if not folders:
         raise UserError(
             f"{path} is no run folder and no pipeline folder: there is neither {CONFIG} nor {METRICS} in it, nor in a "

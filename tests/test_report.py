@@ -227,6 +227,12 @@ def test_a_pipeline_is_one_page_with_its_stages_in_order(pipeline):
     assert len(parsed.text_of("pre.")) == 3
 
 
+def test_hidden_folders_of_a_pipeline_are_no_stages(pipeline):
+    (pipeline / ".hydra").mkdir(exist_ok=True)
+    (pipeline / ".hydra" / "config.yaml").write_text("task_name: x\n")
+    assert ".hydra" not in build_report(pipeline).read_text()
+
+
 def test_the_picture_is_a_png(pipeline):
     image = Image.open(io.BytesIO(picture(pipeline).read_bytes()))
     assert image.format == "PNG"

@@ -1,0 +1,95 @@
+"""The policy's copies: what decodes, what is saved, and what is left alone."""
+
+import pytest
+import torch
+from tiny import LORA, Prompts, letters, tiny_model, tiny_policy
+
+from lit_rlhf.algorithms import PPO
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.policy import Policy, byte_tokenizer
+from lit_rlhf.rollout.sampler import Sampler
+from lit_rlhf.sample import complete
+
+IDS = torch.tensor([[5, 9, 44, 7, 30], [12, 13, 90, 17, 33]])
+
+
+def trained(family):
+    lora = {**LORA, "fan_in_fan_out": True} if family == "gpt2" else LORA
+    policy = tiny_policy(family, lora=lora)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return policy
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_the_model_that_decodes_has_the_adapter_of_now(family):
+    policy = trained(family)
+    with torch.no_grad():
+        for _ in range(2):
+            expected = policy.model(IDS).logits
+            torch.testing.assert_close(policy.decoder()(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+            for name, parameter in policy.named_parameters():  # the next rollout phase follows the update
+                if "lora_B" in name:
+                    parameter.mul_(-1.5)
+        assert not torch.allclose(policy.model(IDS).logits, expected, atol=1e-2)
+
+
+def test_a_bf16_copy_follows_full_fine_tuning_and_leaves_the_weights_in_fp32():
+    policy = tiny_policy()
+    with torch.no_grad():
+        policy.decoder(torch.bfloat16)
+        next(policy.parameters()).add_(1.0)
+        copy = policy.decoder(torch.bfloat16)
+    for ours, theirs in zip(policy.model.parameters(), copy.parameters(), strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(theirs, ours.bfloat16())
+    assert all("_decoder" not in name for name, _ in policy.named_parameters())
+
+
+def test_validation_before_training_leaves_a_copy_that_training_can_write_to(trainer):
+    """Lightning validates in inference mode."""
+    ppo = PPO(policy=tiny_policy(lora=LORA), reward=letters, sampler=Sampler(max_new_tokens=4),
+              rollout_batch_size=4, minibatch_size=4)  # fmt: skip
+    loop = trainer(max_epochs=2, precision="bf16-mixed")
+    loop.validate(ppo, datamodule=Prompts(validation=True), verbose=False)
+    assert ppo.last_row["iteration"] == 0
+    assert "val/objective/scores" in ppo.last_row
+    loop.fit(ppo, datamodule=Prompts(validation=True))
+    assert ppo.iteration == 2
+
+
+def test_the_head_is_not_copied_for_every_row_of_a_prefill():
+    """A strided slice of hidden states times the head makes torch copy the head once a row: gigabytes when real."""
+    model = tiny_model(hidden_size=64)
+    shapes = []
+    model.lm_head.register_forward_pre_hook(lambda _module, inputs: shapes.append(inputs[0]))
+    policy = Policy(model=model, tokenizer=byte_tokenizer())
+    complete(policy, ["abcdef", "abcd"], Sampler(max_new_tokens=3), seed=0)
+    assert len(shapes) == 3
+    assert all(hidden.is_contiguous() and hidden.shape[1] == 1 for hidden in shapes)
+
+
+def test_saving_leaves_the_policy_as_it_is(tmp_path):
+    policy = trained("llama")
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    policy.save(tmp_path)
+    assert before.keys() == policy.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+
+
+def test_a_path_that_holds_no_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"policy\.path="):
+        Policy.from_pretrained(path=str(tmp_path))
+
+
+def test_lora_targets_that_do_not_exist_are_refused():
+    with pytest.raises(UserError, match=r"policy\.lora"):
+        tiny_policy(lora={"r": 4, "target_modules": ["nowhere"]})
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_of_sequence():
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    assert Policy(model=tiny_model(), tokenizer=tokenizer).tokenizer.pad_token_id == tokenizer.eos_token_id
