@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from lit_rlhf import __version__
+
 COMMANDS = {
     "train": "one training run: lit-rlhf train algorithm=ppo kl.coef=0.1",
     "pipeline": "SFT, reward model, PPO and report in one go: lit-rlhf pipeline experiment=human_ratings",
@@ -25,9 +27,7 @@ def main() -> None:
         print(USAGE)
         return
     if command in ("-V", "--version"):
-        from importlib.metadata import version
-
-        print(version("lit-rlhf"))
+        print(__version__)
         return
     if command not in COMMANDS:
         sys.exit(f"lit-rlhf: there is no command '{command}'\n\n{USAGE}")

@@ -3,11 +3,12 @@
 Below this module nobody sees a DictConfig.
 """
 
+import functools
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
-        @wraps(task)
+        @functools.wraps(task)
         def guarded(config: DictConfig) -> Any:
             try:
                 return task(config)
@@ -57,8 +58,14 @@ def instantiate(node: Any, key: str, **objects: Any) -> Any:
     if node is None or (isinstance(node, DictConfig) and not node):
         return None
     try:
-        partial = {"_partial_": True} if _is_function(node) else {}
-        return hydra.utils.instantiate(node, _convert_="all", **objects, **partial)
+        if _is_function(node):
+            made = hydra.utils.instantiate(node, _convert_="all", _partial_=True, **objects)
+            # Its own name, which metrics and messages use
+            return functools.update_wrapper(functools.partial(made.func, **made.keywords), made.func)
+        made = hydra.utils.instantiate(node, _convert_="all", **objects)
+        if isinstance(made, functools.partial):
+            _check_keywords(made, key)  # else a wrong key would be found out only when the call is completed
+        return made
     except InstantiationException as error:
         cause = error.__cause__
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
@@ -81,6 +88,18 @@ def _is_function(node: Any) -> bool:
     return inspect.isfunction(found) and "." not in found.__qualname__
 
 
+def _check_keywords(call: functools.partial, key: str) -> None:
+    """Raises UserError for a keyword that the function does not take."""
+    try:
+        signature = inspect.signature(call.func)
+    except ValueError:  # some functions written in C have none
+        return
+    try:
+        signature.bind_partial(*call.args, **call.keywords)
+    except TypeError as error:
+        raise UserError(f"config key '{key}': {call.func.__qualname__}() {_first_words(error)}") from error
+
+
 def _first_words(error: BaseException) -> str:
     text = str(error).strip()
     # Python's message for a key that a constructor does not take
@@ -95,14 +114,18 @@ def instantiate_all(node: DictConfig | None, key: str) -> list[Any]:
     return [item for item in made if item is not None]
 
 
-def refuse_unknown(config: DictConfig, known: Mapping[str, Any] | set[str] | list[str]) -> None:
-    """Raises UserError for a top-level key that nobody reads."""
-    unknown = sorted(str(key) for key in config if key not in known)
+def refuse_unknown(config: DictConfig, known: Mapping[str, Any] | set[str] | list[str], under: str = "") -> None:
+    """Raises UserError for a key of ``config[under]`` that nobody reads: no name in ``known``, no interpolation's aim.
+
+    ``under`` is a key of the config, such as ``paths``; by default the top level is checked.
+    """
+    node = config[under] if under else config
+    raw = OmegaConf.to_yaml(config)
+    keys = [f"{under}.{name}" if under else str(name) for name in node if name not in known]
+    unknown = sorted(key for key in keys if not re.search(rf"\$\{{{re.escape(key)}[.\[}}]", raw))
     if unknown:
-        raise UserError(
-            f"nobody reads the config key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; "
-            f"the keys of this run are {', '.join(sorted(map(str, known)))}"
-        )
+        keys_read = f"; the keys of {under or 'this run'} are {', '.join(sorted(map(str, known)))}" if known else ""
+        raise UserError(f"nobody reads the config key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}{keys_read}")
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -144,16 +167,25 @@ def flatten(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def plain_command(task: Callable[[list[str]], Any]) -> Callable[[], None]:
-    """A command that takes plain arguments instead of overrides, with the same treatment of mistakes."""
+def plain_command(usage: str) -> Callable[[Callable[[list[str]], Any]], Callable[[], None]]:
+    """A command that takes plain arguments instead of overrides, with the same treatment of mistakes.
 
-    @wraps(task)
-    def main() -> None:
-        try:
-            task(sys.argv[1:])
-        except UserError as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
-            sys.exit(f"\n{error}")
+    ``--help`` prints ``usage``.
+    """
 
-    return main
+    def decorate(task: Callable[[list[str]], Any]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def main() -> None:
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                print(f"usage: {usage}")
+                return
+            try:
+                task(sys.argv[1:])
+            except UserError as error:
+                if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                    raise
+                sys.exit(f"\n{error}")
+
+        return main
+
+    return decorate

@@ -31,6 +31,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise UserError(f"checkpoint={config.checkpoint}: {checkpoint} does not exist")
     stored.paths.output_dir = str(output)
     stored.logger, stored.callbacks = None, {"samples": {"_target_": "lit_rlhf.callbacks.Samples"}}
+    stored.trainer.enable_checkpointing = False
     merged = OmegaConf.merge(stored, config.overrides)
     run = build(merged)
     if not run.algorithm.online:

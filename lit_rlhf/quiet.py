@@ -10,7 +10,9 @@ _NOISE = (
     r".*module\(s\) in eval mode at the start of training.*",  # models load in eval mode; dropout is off on purpose
     r".*does not have many workers.*",
     r".*is_gradient_checkpointing.*",  # peft on transformers 5
-    r".*ModelCheckpoint.*dirpath.*exists and is not empty.*",  # so it is in every resumed run
+    r".*Checkpoint directory .* exists and is not empty.*",  # so it is in every resumed run
+    r".*callbacks used to create the checkpoint need to be provided.*",  # eval needs none of them
+    r".*defined a `validation_step` but have no `val_dataloader`.*",  # held-out prompts are the user's choice
     r".*Total length of `list` across ranks is zero.*",
 )
 

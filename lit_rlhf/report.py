@@ -64,10 +64,13 @@ def picture(path: Path) -> Path:
     return path / PICTURE
 
 
-@plain_command
+USAGE = "lit-rlhf report FOLDER [FOLDER ...]: folders of runs or pipelines"
+
+
+@plain_command(USAGE)
 def main(arguments: list[str]) -> None:
     """Writes report.html into each of the named run or pipeline folders."""
     if not arguments:
-        raise UserError("usage: lit-rlhf report FOLDER [FOLDER ...]: folders of runs or pipelines")
+        raise UserError(f"usage: {USAGE}")
     for argument in arguments:
         print(build_report(Path(argument)))

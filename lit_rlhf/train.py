@@ -56,6 +56,7 @@ def build(config: DictConfig) -> Run:
         UserError: a key that nobody reads, or a value that a constructor refuses.
     """
     refuse_unknown(config, {*PARTS, *_OWN, *_PLAIN})
+    refuse_unknown(config, {"output_dir"}, under="paths")
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -71,6 +72,8 @@ def build(config: DictConfig) -> Run:
         logger=instantiate_all(config.get("logger"), "logger") or False,
         callbacks=instantiate_all(config.get("callbacks"), "callbacks"),
     )
+    if trainer.world_size > 1:  # before the fit, which would start the other processes
+        raise UserError(f"this version trains in one process, so not with trainer.devices={config.trainer.devices}")
     datamodule = instantiate(config.data, "data")
     algorithm.config = {**resolved(config), "precision_used": precision}
     return Run(folder, algorithm.config, algorithm, datamodule, trainer)
@@ -121,13 +124,22 @@ def train(config: DictConfig) -> float | None:
 
     build_report(run.folder)
     log.info("%s: %s", status, run.folder)
-    name = config.optimized_metric
     del run
     gc.collect()
+    return optimized_value(summary, config.optimized_metric)
+
+
+def optimized_value(summary: dict[str, Any], name: str | None) -> float | None:
+    """The last value of the metric ``name`` in a run's summary; None without a name.
+
+    Raises:
+        UserError: the run did not log it.
+    """
     if name is None:
         return None
     if name not in summary:
-        raise UserError(f"optimized_metric={name} was not logged; the last row has {', '.join(sorted(summary))}")
+        logged = sorted(key for key in summary if "/" in key)
+        raise UserError(f"optimized_metric={name} was not logged by this run, which is complete: {', '.join(logged)}")
     return float(summary[name])
 
 
@@ -156,10 +168,15 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
             return None
         raise UserError(f"ckpt_path={ckpt_path}: there is no such file")
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("config")
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise UserError(f"ckpt_path={path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    if stored is not None and (changed := differences(stored, run.config, _MAY_DIFFER)):
+        raise UserError(
+            f"ckpt_path={path} cannot be read as a checkpoint: {(str(error).splitlines() or [repr(error)])[0]}"
+        ) from error
+    if not isinstance(stored, dict) or "lit_rlhf" not in stored:
+        raise UserError(f"ckpt_path={path} was not written by a lit_rlhf run: its training state is missing")
+    # Without a config it comes from a script's own Trainer.
+    if stored["config"] and (changed := differences(stored["config"], run.config, _MAY_DIFFER)):
         raise UserError(
             f"the checkpoint {path} belongs to another configuration. These keys differ (checkpoint -> now):\n  "
             + "\n  ".join(changed)

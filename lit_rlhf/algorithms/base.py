@@ -100,10 +100,16 @@ class Algorithm(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.optimizer_factory(parameters)
+        try:
+            optimizer = self.optimizer_factory(parameters)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"config key 'optimizer': {error}") from error
         takes_steps = "num_training_steps" in inspect.signature(self.scheduler_factory).parameters
         steps = {"num_training_steps": self.total_steps()} if takes_steps else {}
-        scheduler = self.scheduler_factory(optimizer=optimizer, **steps)
+        try:
+            scheduler = self.scheduler_factory(optimizer=optimizer, **steps)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"config key 'scheduler': {error}") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -19,7 +19,7 @@ from lit_rlhf.models.policy import Policy, PolicyOutput, disable_dropout
 from lit_rlhf.models.reference import make_reference
 from lit_rlhf.rewards.scoring import Reward, score, total
 from lit_rlhf.rewards.shaping import ScoreShaper, place_scores
-from lit_rlhf.rollout.loader import RolloutLoader
+from lit_rlhf.rollout.loader import RolloutLoader, exact_div
 from lit_rlhf.rollout.philox import derive_seed
 from lit_rlhf.rollout.sampler import Sampler
 
@@ -68,7 +68,7 @@ class OnlineAlgorithm(Algorithm):
         optimizer, scheduler, seed: see ``Algorithm``.
 
     Raises:
-        UserError: a sampler that cuts the distribution, or sizes that do not divide (at ``fit``).
+        UserError: a sampler that cuts the distribution, or sizes that do not divide (micro-batches: at ``setup``).
     """
 
     online = True
@@ -96,6 +96,7 @@ class OnlineAlgorithm(Algorithm):
             raise UserError(f"algorithm.target_kl must be positive or null, got {target_kl}")
         if epochs < 1:
             raise UserError(f"the number of epochs over an iteration's experience must be at least 1, got {epochs}")
+        exact_div(rollout_batch_size, minibatch_size, "algorithm.rollout_batch_size", "algorithm.minibatch_size")
         disable_dropout(policy)
         self.policy = policy
         self.critic = critic(policy) if critic is not None else None
@@ -143,6 +144,7 @@ class OnlineAlgorithm(Algorithm):
             advantages, returns = self.advantages(rewards, rollout, anchors.values)  # 5 advantage
         self.tokens += int(mask.sum())
         self.pending.update(describe(judged, coef))
+        self.pending["rollout/tokens_per_second"] = int(mask.sum()) / self.pending["time/rollout"]
         self.samples = sample_rows(judged, iteration + 1, "train")
         return Experience(
             prompt_ids=rollout.prompt_ids,
@@ -328,6 +330,8 @@ class OnlineAlgorithm(Algorithm):
     def setup(self, stage: str) -> None:
         if self.trainer.world_size > 1:
             raise UserError(f"this version trains in one process, but the trainer has {self.trainer.world_size}")
+        micro_batches = self.trainer.accumulate_grad_batches
+        exact_div(self.minibatch_size, micro_batches, "algorithm.minibatch_size", "trainer.accumulate_grad_batches")
         self.reference = self.reference.to(self.trainer.strategy.root_device)
         for judge in (self.reward, self.gold):
             if hasattr(judge, "to"):

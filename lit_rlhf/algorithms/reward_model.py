@@ -31,11 +31,20 @@ class RatedBatch(NamedTuple):
     score: Tensor
 
 
+class JudgedPairs(NamedTuple):
+    """Pairs, and the share (B,) of their judges who preferred the chosen text."""
+
+    pairs: PreferenceBatch
+    agreement: Tensor
+
+
 class RewardModel(OfflineAlgorithm):
     """Fine-tunes a sequence classifier with one output, all of its weights. The columns of a batch choose the loss:
 
     - ``chosen`` and ``rejected``, lists of str, and optionally ``margin`` (B,), by how much the chosen text was rated
-      better. Bradley-Terry:  L = - mean log sigmoid(r_chosen - r_rejected - margin_coef * margin).
+      better, and ``agreement`` (B,), the share of judges who preferred it, 1 by default. Bradley-Terry, in expectation
+      over the judges:  d = r_chosen - r_rejected - margin_coef * margin,
+      L = - mean (agreement * log sigmoid(d) + (1 - agreement) * log sigmoid(-d)).
     - ``text``, a list of str, and ``score`` (B,). Regression:  L = mean (r - score)^2.
 
     Validation may use the other kind, so that regression is measured by its accuracy on pairs.
@@ -93,7 +102,12 @@ class RewardModel(OfflineAlgorithm):
         chosen_ids, chosen_mask = self.scorer.pad(chosen)
         rejected_ids, rejected_mask = self.scorer.pad(rejected)
         margin = _numbers(batch, "margin", len(chosen)) if "margin" in batch else torch.zeros(len(chosen))
-        inputs = PreferenceBatch(
+        agreement = _numbers(batch, "agreement", len(chosen)) if "agreement" in batch else torch.ones(len(chosen))
+        if ((agreement < 0) | (agreement > 1)).any():
+            raise UserError(
+                f"column 'agreement' of the batch must be shares from 0 to 1, got {agreement.tolist()!r:.80}"
+            )
+        pairs = PreferenceBatch(
             chosen_ids=chosen_ids,
             chosen_mask=chosen_mask,
             rejected_ids=rejected_ids,
@@ -101,7 +115,7 @@ class RewardModel(OfflineAlgorithm):
             margin=margin,
         )
         rows = chosen + rejected
-        return MicroBatch(inputs, len(chosen), len(rows), sum(map(len, rows)))
+        return MicroBatch(JudgedPairs(pairs, agreement), len(chosen), len(rows), sum(map(len, rows)))
 
     def _ratings(self, batch: Mapping[str, Any]) -> MicroBatch:
         rows = self._tokenize(batch, "text")
@@ -117,16 +131,19 @@ class RewardModel(OfflineAlgorithm):
                 raise UserError(f"sample {number} of the batch has no text in '{column}': {text!r}")
         return self.scorer.tokenize(texts)
 
-    def loss(self, inputs: PreferenceBatch | RatedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, inputs: JudgedPairs | RatedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         return self._regression(inputs) if isinstance(inputs, RatedBatch) else self._bradley_terry(inputs)
 
-    def _bradley_terry(self, pairs: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _bradley_terry(self, judged: JudgedPairs) -> tuple[Tensor, dict[str, Tensor]]:
+        pairs = judged.pairs
         width = max(pairs.chosen_ids.shape[1], pairs.rejected_ids.shape[1])
         pad = self.scorer.tokenizer.pad_token_id
         ids = torch.cat([_widen(x, width, pad) for x in (pairs.chosen_ids, pairs.rejected_ids)])
         mask = torch.cat([_widen(x, width, False) for x in (pairs.chosen_mask, pairs.rejected_mask)])
         chosen, rejected = self.score(ids, mask).chunk(2)
-        loss, stats = preference_loss(chosen, rejected, self.margin_coef * pairs.margin)
+        margin = self.margin_coef * pairs.margin
+        _, stats = preference_loss(chosen, rejected, margin)
+        loss = F.binary_cross_entropy_with_logits(chosen - rejected - margin, judged.agreement)
         metrics = {"loss": loss.detach(), "mean_score": (chosen + rejected).detach().mean() / 2, **stats}
         return loss + self.center_coef * (chosen + rejected).square().mean(), _named(metrics)
 

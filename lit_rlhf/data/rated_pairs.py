@@ -26,6 +26,9 @@ class HumanRatingsPairs(RatingsData):
     reward model fitted to these pairs by the Bradley-Terry loss learns a calibrated scale. The margin of a training
     pair can be negative: then this rater disagreed with the average.
 
+    With `all_raters` training batches also hold `agreement`, the tensor (B,) of that probability for the chosen
+    snippet: a loss that weighs both outcomes by it is the expected loss over the raters' draws, without their noise.
+
     An epoch takes the snippets in shuffled order, two by two, and starts again until it has its pairs: each snippet
     is in as many pairs as any other, give or take one (with `min_difference` > 0 only about so, because snippets in
     the middle of the scale have fewer partners). The pairs are a function of `seed`; every epoch has the same ones.
@@ -40,6 +43,7 @@ class HumanRatingsPairs(RatingsData):
         min_difference: smallest difference of the two means in a training pair.
         eval_min_difference: the same for validation and test pairs; more than 0.
         eval_pairs: pairs each for validation and test; fewer if there are no more.
+        all_raters: training batches say what share of the raters agrees.
         seed: of the training pairs.
 
     Raises:
@@ -55,6 +59,7 @@ class HumanRatingsPairs(RatingsData):
         min_difference: float = 0.0,
         eval_min_difference: float = 1.0,
         eval_pairs: int = 2000,
+        all_raters: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(domain, batch_size)
@@ -67,6 +72,7 @@ class HumanRatingsPairs(RatingsData):
         self.min_difference = min_difference
         self.eval_min_difference = eval_min_difference
         self.eval_pairs = eval_pairs
+        self.all_raters = all_raters
         self.seed = seed
 
     def make_rows(self) -> dict[str, list[Row]]:
@@ -74,7 +80,10 @@ class HumanRatingsPairs(RatingsData):
         count = self.pairs_per_epoch or len(snippets)
         pairs = rater_pairs(snippets, count, self.min_difference, random.Random(f"pairs {self.seed}"))
         evaluation = _evaluation_rows(self, self.eval_min_difference, self.eval_pairs)
-        return {"train": [_pair_row(pair) for pair in pairs], **evaluation}
+        rows = [_pair_row(pair) for pair in pairs]
+        if self.all_raters:
+            rows = [{**row, "agreement": agreement(*pair)} for row, pair in zip(rows, pairs, strict=True)]
+        return {"train": rows, **evaluation}
 
 
 class HumanRatingsScores(RatingsData):
@@ -131,6 +140,19 @@ def rater_pairs(snippets: list[RatedSnippet], count: int, min_difference: float,
                 f"whose means differ by at most {spread:.2f}"
             )
     return pairs[:count]
+
+
+def agreement(chosen: RatedSnippet, rejected: RatedSnippet) -> float:
+    """P(x > y | x != y) for a rater's score x of `chosen` and y of `rejected`, each uniform; 1/2 if all are equal.
+
+    >>> sure, split = RatedSnippet("1", "", 2.0, (2, 2)), RatedSnippet("2", "", 1.5, (3, 1, 0, 2))
+    >>> agreement(sure, split)
+    0.6666666666666666
+    """
+    scores = sorted(rejected.ratings)
+    below = sum(bisect_left(scores, x) for x in chosen.ratings)
+    above = sum(len(scores) - bisect_right(scores, x) for x in chosen.ratings)
+    return below / (below + above) if below + above else 0.5
 
 
 def mean_pairs(snippets: list[RatedSnippet], count: int, min_difference: float, rng: random.Random) -> list[Pair]:

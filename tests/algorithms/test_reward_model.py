@@ -74,6 +74,19 @@ def test_margin_and_centre_enter_the_loss_with_their_coefficients(tmp_path):
     assert float(loss) == pytest.approx(bradley_terry + centre, rel=1e-4)
 
 
+def test_agreement_is_the_share_of_judges_that_pulls_each_way(tmp_path):
+    folder = save_classifier(tmp_path)
+    agreement = [1.0, 0.5, 0.75, 0.6]
+    model = RewardModel(model_path=folder, max_length=64).eval()
+    loss, _ = model.loss(model.collate({"chosen": CHOSEN, "rejected": REJECTED, "agreement": agreement}).inputs)
+    margins = [c - r for c, r in zip(alone(folder, CHOSEN), alone(folder, REJECTED), strict=True)]
+    judges = [
+        a * math.log1p(math.exp(-m)) + (1 - a) * math.log1p(math.exp(m))
+        for a, m in zip(agreement, margins, strict=True)
+    ]
+    assert float(loss) == pytest.approx(sum(judges) / 4, rel=1e-4)
+
+
 def test_texts_with_scores_are_fitted_by_regression(tmp_path):
     folder = save_classifier(tmp_path)
     model = RewardModel(model_path=folder, max_length=64).eval()
@@ -186,10 +199,13 @@ def test_a_trained_head_is_kept_and_one_of_another_size_replaced(tmp_path):
 
 def test_a_tokenizer_without_pad_pads_with_eos(trainer, tmp_path):
     folder = save_classifier(tmp_path / "start", "gpt2", pad=False)
+    left = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    left.save_pretrained(folder)
     model = RewardModel(model_path=folder, max_length=64).eval()
     scores = model.score(*model.scorer.pad(model.scorer.tokenize(CHOSEN)))
     torch.testing.assert_close(scores, torch.tensor(alone(folder, CHOSEN)), rtol=1e-3, atol=1e-4)
     model.export(tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").padding_side == "right"
     reloaded = ModelReward(path=str(tmp_path / "model"))(prompts=[""] * 4, completions=CHOSEN)
     torch.testing.assert_close(reloaded, scores.detach(), rtol=1e-4, atol=1e-5)
 
@@ -214,6 +230,7 @@ def test_a_tokenizer_with_neither_pad_nor_eos_is_refused(tmp_path):
         ({"chosen": ["a"], "rejected": [3]}, "sample 0 of the batch has no text in 'rejected': 3"),
         ({"chosen": ["a"], "rejected": ["b"], "margin": ["x"]}, "column 'margin' of the batch is not numbers"),
         ({"chosen": ["a"], "rejected": ["b"], "margin": [1.0, 2.0]}, "column 'margin' .* for 1 rows"),
+        ({"chosen": ["a"], "rejected": ["b"], "agreement": [1.2]}, "must be shares from 0 to 1"),
         ({"text": ["a", "b"], "score": [1.0, math.nan]}, "column 'score' of the batch is nan at sample 1"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tiny import LORA, tiny_policy
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +16,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.metrics import lookup
 
-EOS = 2
+BOS, EOS = 1, 2
 TEXTS = ["a film", "it is a long and winding road", "dull", "so so, but short"]
 
 
@@ -83,6 +84,19 @@ def test_the_end_is_a_target_once_and_lost_with_what_is_cut():
     assert ended == [*ids_of(policy, "abc"), EOS]
     cut = SFT(policy=policy, max_length=3).collate({"text": ["abc"]}).inputs["input_ids"][0].tolist()
     assert cut == ids_of(policy, "abc")
+
+
+def test_a_tokenizer_that_opens_texts_makes_the_first_word_a_target_and_opens_once():
+    policy = tiny_policy()
+    opening = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    policy.tokenizer.backend_tokenizer.post_processor = opening
+    a, b = ids_of(tiny_policy(), "ab")
+    text = SFT(policy=policy).collate({"text": ["ab"]}).inputs
+    assert text["input_ids"][0].tolist() == [BOS, a, b, EOS]
+    assert text["target_mask"][0].tolist() == [False, True, True, True]
+    pair = SFT(policy=policy).collate({"prompt": ["a"], "completion": ["b"]}).inputs
+    assert pair["input_ids"][0].tolist() == [BOS, a, b, EOS]
+    assert pair["target_mask"][0].tolist() == [False, False, True, True]
 
 
 def test_pad_equal_to_eos_keeps_the_eos_a_target():

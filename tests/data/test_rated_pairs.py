@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_rlhf.data import HumanRatings, HumanRatingsPairs, HumanRatingsScores, RatedSnippet
-from lit_rlhf.data.rated_pairs import mean_pairs, rater_pairs
+from lit_rlhf.data.rated_pairs import agreement, mean_pairs, rater_pairs
 from lit_rlhf.errors import UserError
 
 
@@ -233,3 +233,22 @@ def test_lightning_trains_validates_and_tests_on_the_pairs(tmp_path):
     trainer.fit(reader, datamodule=data)
     trainer.test(reader, datamodule=data, verbose=False)
     assert reader.seen == {"train": 100, "validation": 60, "test": 60}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "share"), [((0, 0, 1), (0, 1, 2), 1 / 6), ((0, 0, 4), (0, 1, 1), 3 / 7), ((1,), (1, 1), 1 / 2)]
+)
+def test_agreement_is_the_share_of_draws_that_prefer_the_chosen_snippet(first, second, share):
+    assert agreement(snippet("a", *first), snippet("b", *second)) == pytest.approx(share)
+
+
+def test_all_raters_adds_their_agreement_to_the_same_training_pairs(rated):
+    one = whole(ready(HumanRatingsPairs(seed=3)).train_dataloader())
+    data = ready(HumanRatingsPairs(seed=3, all_raters=True))
+    everyone = data.rows["train"]
+    assert sorted(row["chosen"] for row in everyone) == sorted(one["chosen"])
+    assert "agreement" not in one
+    assert all(0 <= row["agreement"] <= 1 for row in everyone)
+    sure = [row["agreement"] for row in everyone if abs(row["margin"]) > 2.5]
+    assert sum(a > 0.5 for a in sure) > 0.95 * len(sure) > 0
+    assert "agreement" not in data.rows["validation"][0]

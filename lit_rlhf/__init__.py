@@ -1,0 +1,66 @@
+"""PyTorch Lightning modules for RLHF experiments. The public names; each is imported when it is first used."""
+
+import os
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# The OpenMP that torch brings lets idle threads spin. On a machine with other work each barrier then waits for threads
+# that have no core: a chain of matrix products on two busy cores took 7.7 s, with short spins 0.7 s. Read when torch
+# is first imported; a value that the user set stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+_HOME = {
+    # algorithms
+    "PPO": "algorithms",
+    "SFT": "algorithms",
+    "RewardModel": "algorithms",
+    # models and sampling
+    "Policy": "models",
+    "ValueHead": "models",
+    "SeparateCritic": "models",
+    "Sampler": "rollout",
+    # controllers and schedules
+    "FixedKL": "kl",
+    "AdaptiveKL": "kl",
+    "NoKL": "kl",
+    "SymmetricClip": "clip",
+    "AsymmetricClip": "clip",
+    "NoEntropy": "entropy",
+    "ConstantEntropy": "entropy",
+    "LinearEntropy": "entropy",
+    # rewards
+    "CompositeReward": "rewards",
+    "FunctionReward": "rewards",
+    "KeywordReward": "rewards",
+    "LengthReward": "rewards",
+    "ModelReward": "rewards",
+    "ScoreShaper": "rewards",
+    "VaderReward": "rewards",
+    # data
+    "HumanRatingsPairs": "data",
+    "HumanRatingsPrompts": "data",
+    "HumanRatingsScores": "data",
+    "HumanRatingsText": "data",
+    "ListPrompts": "data",
+    # what watches a run
+    "CSVLogger": "loggers",
+    "WandbLogger": "loggers",
+    "Samples": "callbacks",
+    "Progress": "callbacks",
+    "build_report": "report",
+    "UserError": "errors",
+}
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lit_rlhf' has no attribute {name!r}")
+    return getattr(import_module(f"lit_rlhf.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,172 @@
+"""Every config composes, names constructors that exist, and lists their parameters."""
+
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from lit_rlhf.config import CONFIG_DIR, flatten
+from lit_rlhf.train import _OWN, _PLAIN, PARTS
+
+GROUP_FILES = sorted(p.relative_to(CONFIG_DIR) for p in CONFIG_DIR.glob("*/**/*.yaml"))
+EXPERIMENTS = [path for path in GROUP_FILES if path.parts[0] == "experiment"]
+PIPELINE_ONLY = {"experiment/human_ratings", "hydra/pipeline", "paths/pipeline"}
+MEMBERS = [str(path.with_suffix("")) for path in GROUP_FILES]
+#: What train.py hands to an algorithm besides its YAML.
+PASSED = {*PARTS, "seed"}
+#: Parameters that the trainer's YAML leaves to train.py.
+TRAINER_PASSED = {"logger", "callbacks", "default_root_dir"}
+
+
+@cache
+def composed(*overrides: str, command: str = "train", fill: bool = True) -> dict[str, Any]:
+    """A command's config, resolved; with ``fill``, some value for every key that has none (`???`)."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        config = compose(command, overrides=[*overrides, "paths.output_dir=run"])
+    for key in OmegaConf.missing_keys(config) if fill else ():
+        OmegaConf.update(config, key, [] if key.endswith(("prompts", "keywords")) else "some/path")
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def test_every_group_file_is_listed():
+    groups = {path.parts[0] for path in GROUP_FILES}
+    assert groups == {
+        "algorithm", "callbacks", "clip", "critic", "data", "debug", "entropy", "experiment", "hydra", "kl", "logger",
+        "optimizer", "paths", "policy", "reward", "sampler", "scheduler", "trainer",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m not in PIPELINE_ONLY])
+def test_every_member_composes_into_a_training_run(member):
+    group, _, choice = member.partition("/")
+    plain = composed(f"{group}={choice}")
+    assert set(plain) <= {*PARTS, *_OWN, *_PLAIN}  # no top-level key that train.py does not read
+    if group in PARTS or group in _OWN:
+        wanted = yaml.safe_load((CONFIG_DIR / f"{member}.yaml").read_text()) or {}
+        target = wanted.get("_target_")
+        assert target is None or plain[group]["_target_"] == target
+
+
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m.startswith("reward/")])
+def test_every_reward_can_be_the_gold_judge(member):
+    target = (yaml.safe_load((CONFIG_DIR / f"{member}.yaml").read_text()) or {}).get("_target_")
+    assert composed(f"reward@gold={member.removeprefix('reward/')}")["gold"].get("_target_") == target
+
+
+def test_keys_listed_at_the_top_are_the_ones_that_are_read():
+    listed = set(yaml.safe_load((CONFIG_DIR / "train.yaml").read_text())) - {"defaults"}
+    assert listed == set(_PLAIN)
+    assert set(composed()) == {*PARTS, *_OWN, *_PLAIN}
+
+
+def parameters(target: Any) -> dict[str, inspect.Parameter]:
+    """A callable's parameters; where a constructor takes **more, those of the classes it passes them to."""
+    if not inspect.isclass(target):
+        return dict(inspect.signature(target).parameters)
+    found: dict[str, inspect.Parameter] = {}
+    for cls in target.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        own = dict(inspect.signature(cls.__init__).parameters)
+        found = {**{name: p for name, p in own.items() if name != "self"}, **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            break
+    return {name: p for name, p in found.items() if p.kind is not p.VAR_KEYWORD}
+
+
+def nodes(plain: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every node with a _target_, nested ones too."""
+    if isinstance(plain, dict):
+        if "_target_" in plain:
+            yield key, plain
+        for name, value in plain.items():
+            yield from nodes(value, f"{key}.{name}" if key else name)
+
+
+def targets() -> dict[str, dict[str, Any]]:
+    """Every node of every group file, as it is once composed."""
+    found = {}
+    for member in MEMBERS:
+        group, _, choice = member.partition("/")
+        if group in ("experiment", "debug", "hydra", "paths"):
+            continue
+        for key, node in nodes(composed(f"{group}={choice}")):
+            if key.split(".")[0] == group:
+                found[f"{member}: {key}"] = node
+    return found
+
+
+TARGETS = targets()
+
+
+@pytest.mark.parametrize("where", TARGETS)
+def test_a_configs_keys_are_its_targets_parameters(where):
+    node = TARGETS[where]
+    target = hydra.utils.get_object(node["_target_"])
+    takes = parameters(target)
+    keys = {str(key) for key in node if key not in ("_target_", "_partial_")}
+    assert all(isinstance(key, str) for key in node), "YAML reads on, off, yes and no as truth values: quote them"
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
+    if not (open_ended and not inspect.isclass(target)):  # Policy.from_config passes more on to transformers
+        assert keys <= set(takes)
+    required = {name for name, p in takes.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY}
+    if not node.get("_partial_"):
+        assert required <= keys | PASSED
+
+
+@pytest.mark.parametrize("name", ["ppo", "sft", "reward_model"])
+def test_an_algorithms_yaml_is_its_constructor(name):
+    node = composed(f"algorithm={name}")["algorithm"]
+    takes = set(parameters(hydra.utils.get_object(node["_target_"]))) - PASSED
+    # The online base's `epochs` goes by the algorithm's own name, such as ppo_epochs.
+    assert set(node) - {"_target_"} == takes - {"epochs"}
+
+
+OURS = [w for w in TARGETS if TARGETS[w]["_target_"].startswith("lit_rlhf.") and ".rewards." not in w]
+
+
+@pytest.mark.parametrize("where", OURS)
+def test_the_yaml_of_our_own_classes_lists_every_parameter(where):
+    """So that a reader of conf/ sees all there is to set."""
+    node = TARGETS[where]
+    takes = parameters(hydra.utils.get_object(node["_target_"]))
+    not_in_yaml = {name for name, p in takes.items() if p.kind is p.KEYWORD_ONLY} - set(node) - PASSED - {"epochs"}
+    if "callbacks" in where:
+        not_in_yaml -= {"console"}
+    assert not not_in_yaml
+
+
+def test_the_trainers_yaml_leaves_to_train_py_what_that_sets():
+    assert not TRAINER_PASSED & set(composed()["trainer"])
+
+
+def commands_of(experiment: Path) -> list[str]:
+    """The command in the comment that opens an experiment, with a value for every <placeholder>."""
+    lines = (CONFIG_DIR / experiment).read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# lit-rlhf "), f"{experiment} does not open with its command"
+    return shlex.split(re.sub(r"<[^>]*>", "some", lines[1].removeprefix("# lit-rlhf ")))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str)
+def test_an_experiment_opens_with_the_command_that_runs_it(experiment):
+    command, *overrides = commands_of(experiment)
+    assert f"experiment={experiment.relative_to('experiment').with_suffix('')}" in overrides
+    assert composed(*overrides, command=command, fill=False)["task_name"]  # no value is left to give
+
+
+@pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if len(e.parts) > 2], ids=str)
+def test_an_experiment_holds_overrides_only(experiment):
+    """Its keys exist without it, so Hydra finds a misspelt one; only defaults choose members."""
+    body = yaml.safe_load((CONFIG_DIR / experiment).read_text())
+    chosen = [f"{k.split()[-1].lstrip('/')}={v}" for d in body.pop("defaults", []) for k, v in d.items()]
+    assert set(flatten(body)) <= set(flatten(composed(*chosen)))

@@ -1,0 +1,343 @@
+"""Mistakes of a user, through the real entry point: one readable message, no traceback, nothing lost."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import TINY, Result, run_here, write_module
+from hydra import compose, initialize_config_dir
+from wandb_file import runs
+
+from lit_rlhf.config import CONFIG_DIR
+from lit_rlhf.train import build, train
+
+MODULE = '''
+import asyncio, math
+import lightning as L
+from torch.utils.data import DataLoader
+
+def one_too_few(prompts, completions, **columns):
+    return [0.0] * (len(completions) - 1)
+
+async def one_too_few_later(prompts, completions, **columns):
+    await asyncio.sleep(0)
+    return [0.0] * (len(completions) - 1)
+
+def not_a_number(prompts, completions, **columns):
+    return [0.0, math.nan] + [0.0] * (len(completions) - 2)
+
+async def infinite_later(prompts, completions, **columns):
+    await asyncio.sleep(0)
+    return [math.inf] * len(completions)
+
+def raises(prompts, completions, **columns):
+    return [1 / len(prompts[0][:0])]
+
+def length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+async def length_later(prompts, completions, **columns):
+    await asyncio.sleep(0)
+    return length(prompts, completions)
+
+calls = 0
+
+def fails_in_the_second_iteration(prompts, completions, **columns):
+    global calls
+    calls += 1
+    return [float("nan") if calls == 2 else 1.0] * len(completions)
+
+class Questions(L.LightningDataModule):
+    """Yields neither prompt nor input_ids."""
+    def train_dataloader(self):
+        return DataLoader([{"question": "why"}] * 4, batch_size=2)
+
+class Texts(L.LightningDataModule):
+    """Twelve texts, of which the one that `fails_at` names cannot be read once."""
+    fails_at = None
+
+    def train_dataloader(self):
+        return DataLoader(self, batch_size=2, shuffle=True)
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        if Texts.fails_at is not None:
+            Texts.fails_at -= 1
+            if Texts.fails_at < 0:
+                raise OSError("the disk is gone")
+        return {"text": f"text number {i}"}
+
+class Nothing(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([], batch_size=2)
+'''
+
+
+@pytest.fixture
+def user_module(folder, monkeypatch) -> str:
+    """A module of the user's own, on the path."""
+    write_module(folder / "own", "user_things", MODULE)
+    monkeypatch.syspath_prepend(folder / "own")
+    sys.modules.pop("user_things", None)
+    yield "user_things"
+    sys.modules.pop("user_things", None)
+
+
+def refused(result: Result, *parts: str) -> None:
+    assert result.code == 1
+    for part in parts:
+        assert part in result.err, result.err
+    assert "Traceback" not in result.err
+
+
+def start(*overrides: str) -> Result:
+    return run_here("train", *TINY, "paths.output_dir=run", *overrides)
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("sed=3", ["'sed'"]),
+        ("kl.coeff=0.1", ["'coeff'", "kl"]),
+        ("+sed=3", ["nobody reads", "sed", "seed"]),
+        ("+paths.data_dir=here", ["nobody reads", "paths.data_dir", "output_dir"]),
+        ("+kl.coeff=0.1", ["'kl'", "coeff"]),
+        ("+algorithm.epoch=3", ["'algorithm'", "epoch"]),
+        ("+algorithm.scores.factor=2", ["'algorithm'", "factor"]),
+        ("+trainer.max_epoch=3", ["'trainer'", "max_epoch"]),
+        ("+optimizer.momentum=0.9", ["'optimizer'", "AdamW", "momentum"]),
+        ("+scheduler.warmup=3", ["'scheduler'", "warmup"]),
+        ("+critic.depth=3", ["'critic'", "ValueHead", "depth"]),
+        ("+logger.csv.folder=x", ["'logger.csv'", "folder"]),
+        ("+callbacks.samples.every=3", ["'callbacks.samples'", "every"]),
+        ("+data.number=3", ["'data'", "number"]),
+        ("kl=fixd", ["kl/fixd", "adaptive", "fixed", "none"]),
+        ("algorithm=dop", ["algorithm/dop", "ppo"]),
+        ("klx=fixed", ["klx"]),
+        ("experiment=none_such", ["experiment/none_such"]),
+        ("kl.coef=[", ["'['"]),
+        ("kl._target_=lit_rlhf.kl.Fixed", ["'kl'", "lit_rlhf.kl.Fixed"]),
+        ("kl.coef=-1", ["kl.coef", "-1"]),
+        ("kl.coef=much", ["kl.coef", "much"]),
+        ("trainer.devices=2", ["one process", "trainer.devices=2"]),
+        ("trainer.precision=half", ["'trainer'", "half"]),
+    ],
+)  # fmt: skip
+def test_a_key_or_member_that_nobody_reads_is_refused(override, parts, folder):
+    refused(start(override), *parts)
+    assert not (folder / "run" / "config.yaml").exists()
+
+
+def test_a_part_that_the_algorithm_does_not_read_is_refused(folder, tiny_models):
+    sft = ["algorithm=sft", f"policy.path={tiny_models['policy']}", "paths.output_dir=run"]
+    refused(run_here("train", *sft, "+kl=fixed"), "'algorithm'", "SFT", "kl")
+
+
+def test_a_key_that_another_key_refers_to_is_read(folder):
+    config = composed("+kl_strength=0.3", "kl.coef=${kl_strength}")
+    assert build(config).algorithm.kl.coef == 0.3
+
+
+def test_a_missing_value_names_its_key(folder):
+    refused(run_here("train", "policy=tiny", "data=list", "paths.output_dir=run"), "data.prompts")
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=-1", "optimizer.lr=fast", "scheduler.name=steep"])
+def test_a_value_that_the_optimizer_or_the_scheduler_refuses_is_named(override, folder):
+    group, *_ = override.replace(".", "=").split("=")
+    refused(start(override, "trainer.limit_val_batches=0"), f"'{group}'")
+
+
+# ---- sizes, prompts, data -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["algorithm.minibatch_size=3"], ["rollout_batch_size=4", "minibatch_size=3"]),
+        (["algorithm.minibatch_size=0"], ["rollout_batch_size=4", "minibatch_size=0"]),
+        (["trainer.accumulate_grad_batches=4"], ["minibatch_size=2", "accumulate_grad_batches=4"]),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_before_any_rollout(overrides, parts, folder):
+    refused(start(*overrides), *parts, "not divisible")
+    assert not (folder / "run" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "parts"),
+    [
+        ("[]", ["prompts=[]", "at least one"]),
+        ("[fine,'']", ["prompt 1 is empty"]),
+        ("[fine,' ']", ["prompt 1 is empty"]),
+        ("text", ["prompts='text'", "list"]),
+        (f"[{'x' * 61}]", ["61 tokens", "max_new_tokens=4", "context of 64"]),
+    ],
+)
+def test_a_bad_prompt_is_named(prompts, parts, folder):
+    refused(start(f"data.prompts={prompts}"), *parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("Questions", ["question", "neither 'prompt' nor 'input_ids'"]),
+        ("Nothing", ["yields no batches", "empty"]),
+    ],
+)
+def test_a_datamodule_without_prompts_is_refused(name, parts, user_module, folder):
+    plain = [o for o in TINY if not o.startswith("data.")]
+    own = f"data={{_target_:{user_module}.{name}}}"
+    result = run_here("train", *plain, "~data", f"+{own}", "paths.output_dir=run")
+    refused(result, *parts)
+
+
+# ---- rewards --------------------------------------------------------------------------------------------------------
+
+
+def reward_of(name: str, module: str) -> list[str]:
+    return ["~reward", f"+reward._target_={module}.{name}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("one_too_few", ["one_too_few", "3 scores", "4 completions"]),
+        ("one_too_few_later", ["one_too_few_later", "3 scores", "4 completions"]),
+        ("not_a_number", ["not_a_number", "nan", "sample 1"]),
+        ("infinite_later", ["infinite_later", "inf", "sample 0"]),
+    ],
+)
+@pytest.mark.parametrize("by", ["_target_", "function"])
+def test_a_reward_that_returns_nonsense_is_named(name, parts, by, user_module, folder):
+    own = reward_of(name, user_module)
+    own = own if by == "_target_" else ["reward=function", f"reward.function={user_module}.{name}"]
+    refused(start(*own, "trainer.limit_val_batches=0"), *parts)
+    assert json.loads((folder / "run" / "summary.json").read_text())["status"] == "failed"
+    assert not (folder / "run" / "model").exists()
+
+
+def test_an_async_function_is_a_reward_and_the_longest_prompt_fits(user_module, folder):
+    longest = f"data.prompts=[{'x' * 60}]"
+    assert start(*reward_of("length_later", user_module), longest, "callbacks=samples").code == 0
+    sample = json.loads((folder / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["components"] == {"length_later": float(len(sample["completion"]))}
+
+
+def test_a_reward_that_raises_shows_its_own_traceback(user_module, folder):
+    result = start(*reward_of("raises", user_module))
+    assert result.code == 1
+    assert "ZeroDivisionError" in result.err
+    assert "in raises" in result.err
+    assert json.loads((folder / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_a_failed_run_keeps_what_it_did_and_is_failed_in_wandb(user_module, folder):
+    result = start(
+        *reward_of("fails_in_the_second_iteration", user_module), "trainer.max_epochs=3", "logger=csv_wandb",
+        "trainer.limit_val_batches=0",
+    )  # fmt: skip
+    refused(result, "fails_in_the_second_iteration", "nan")
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["iteration"]) == ("failed", 1)
+    assert len((folder / "run" / "metrics.csv").read_text().splitlines()) == 2
+    saved = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["lit_rlhf"]["iteration"] == 1
+    (run,) = runs(folder / "run")
+    assert run.exit_code not in (0, None)
+
+
+def test_the_whole_traceback_is_there_for_the_asking(folder, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="rollout_batch_size=4 is not divisible") as caught:
+        start("algorithm.minibatch_size=3")
+    assert any(entry.name == "exact_div" for entry in caught.traceback)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_is_not_there_is_named(folder):
+    refused(start("ckpt_path=gone.ckpt"), "ckpt_path=gone.ckpt", "no such file")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+def test_a_file_that_is_no_checkpoint_is_named(content, folder):
+    (folder / "bad.ckpt").write_bytes(content)
+    refused(start("ckpt_path=bad.ckpt"), "bad.ckpt", "cannot be read as a checkpoint")
+
+
+def test_a_checkpoint_of_something_else_is_refused(folder):
+    torch.save({"weights": torch.zeros(3)}, folder / "other.ckpt")
+    refused(start("ckpt_path=other.ckpt"), "other.ckpt", "not written by")
+
+
+def test_a_checkpoint_of_another_configuration_names_the_keys(folder):
+    assert start().code == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()}
+    result = start("ckpt_path=auto", "kl.coef=0.2", "algorithm.gamma=0.9", "trainer.max_epochs=2")
+    refused(result, "another configuration", "kl.coef: 0.05 -> 0.2", "algorithm.gamma: 1.0 -> 0.9")
+    assert "max_epochs:" not in result.err  # more iterations are no other configuration
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_continues_to_more_iterations(folder):
+    assert start().code == 0
+    assert start("ckpt_path=auto", "trainer.max_epochs=2").code == 0
+    assert json.loads(Path("run/summary.json").read_text())["iteration"] == 2
+
+
+def test_a_run_that_failed_within_an_epoch_of_sft_continues_there(user_module, folder, tiny_models):
+    sft = [
+        "train", "algorithm=sft", f"policy.path={tiny_models['policy']}", "~data",
+        f"+data._target_={user_module}.Texts", "algorithm.log_every_n_steps=1",
+        "callbacks.checkpoint_steps.every_n_train_steps=2", "logger=csv",
+        "trainer.precision=32-true", "optimized_metric=null", "ckpt_path=auto",
+    ]  # fmt: skip
+    texts = importlib.import_module(user_module).Texts
+    texts.fails_at = 10  # in the sixth batch
+    result = run_here(*sft, "paths.output_dir=cut")
+    assert result.code == 1
+    assert "the disk is gone" in result.err
+    assert torch.load("cut/checkpoints/last.ckpt")["global_step"] == 4
+    texts.fails_at = None
+    continued, whole = (run_here(*sft, f"paths.output_dir={run}") for run in ("cut", "whole"))
+    assert (continued.code, whole.code) == (0, 0)
+    assert "step 5/6" in continued.out
+    assert "step 4/6" not in continued.out
+    assert "step 4/6" in whole.out
+    assert Path("cut/metrics.csv").read_text() == Path("whole/metrics.csv").read_text()
+    assert Path("cut/model/model.safetensors").read_bytes() == Path("whole/model/model.safetensors").read_bytes()
+
+
+# ---- what train returns ---------------------------------------------------------------------------------------------
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        return compose("train", overrides=[*TINY, "paths.output_dir=run", "callbacks=samples", *overrides])
+
+
+def test_train_returns_the_optimized_metric(folder):
+    value = train(composed("reward=length", "reward.target=1", "optimized_metric=objective/scores"))
+    assert value == json.loads(Path("run/summary.json").read_text())["objective/scores"]
+    assert value != 0
+
+
+def test_train_returns_nothing_where_nothing_is_optimized(folder):
+    assert train(composed("optimized_metric=null")) is None
+
+
+def test_an_optimized_metric_that_does_not_exist_is_named_and_the_run_is_kept(folder):
+    result = start("optimized_metric=objective/skores")
+    refused(result, "optimized_metric=objective/skores", "objective/scores")
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "completed"
+    assert Path("run/model/config.json").is_file()
