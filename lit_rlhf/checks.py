@@ -32,3 +32,14 @@ def check_number(
     ):
         raise UserError(f"{key} must be a finite number {wanted}".rstrip() + f", got {value!r}")
     return float(value)
+
+
+def check_int(key: str, value: int, *, at_least: int) -> int:
+    """``value``, if it is a whole number of at least ``at_least``.
+
+    Raises:
+        UserError: it is not; names ``key``, the bound and ``value``.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise UserError(f"{key} must be a whole number of at least {at_least}, got {value!r}")
+    return value

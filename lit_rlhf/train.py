@@ -58,6 +58,8 @@ def build(config: DictConfig) -> Run:
     refuse_unknown(config, {*PARTS, *_OWN, *_PLAIN})
     refuse_unknown(config, {"output_dir"}, under="paths")
     quiet()
+    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+        raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {config.seed}")
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     folder = Path(config.paths.output_dir).absolute()
@@ -93,6 +95,7 @@ def train(config: DictConfig) -> float | None:
     checkpoint = find_checkpoint(config.ckpt_path, run)
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+    write_summary(run.folder, status="running")  # a run that is killed does not look complete
     status = "failed"
     try:
         for logger in run.trainer.loggers:

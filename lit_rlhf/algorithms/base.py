@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -91,9 +92,10 @@ class Algorithm(L.LightningModule):
 
         Not ``trainer.estimated_stepping_batches``: that loads the dataloader before a resume has restored its state.
         """
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        return self.steps_per_epoch() * max(self.trainer.max_epochs or 1, 1)
+        by_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
+        epochs = self.trainer.max_epochs if self.trainer.max_epochs and self.trainer.max_epochs > 0 else None
+        bounds = [b for b in (by_steps, epochs and epochs * self.steps_per_epoch()) if b]
+        return min(bounds, default=sys.maxsize)  # bounded by time alone: a schedule over steps stays at its start
 
     def steps_per_epoch(self) -> int:
         raise NotImplementedError

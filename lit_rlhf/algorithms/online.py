@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.batch import Experience, PromptBatch, Rollout
+from lit_rlhf.checks import check_int
 from lit_rlhf.data.passes import SeededPasses
 from lit_rlhf.data.tokenize import PromptRows, Row, split_rows, tokenize_prompts
 from lit_rlhf.errors import UserError
@@ -68,7 +70,7 @@ class OnlineAlgorithm(Algorithm):
         optimizer, scheduler, seed: see ``Algorithm``.
 
     Raises:
-        UserError: a sampler that cuts the distribution, or sizes that do not divide (micro-batches: at ``setup``).
+        UserError: sizes that do not divide; at ``fit``, a sampler that cuts the distribution.
     """
 
     online = True
@@ -91,17 +93,20 @@ class OnlineAlgorithm(Algorithm):
     ) -> None:
         super().__init__(**common)
         self.sampler = sampler or Sampler()
-        self.sampler.require_training()
         if target_kl is not None and not target_kl > 0:
             raise UserError(f"algorithm.target_kl must be positive or null, got {target_kl}")
-        if epochs < 1:
-            raise UserError(f"the number of epochs over an iteration's experience must be at least 1, got {epochs}")
+        check_int("algorithm.ppo_epochs", epochs, at_least=1)
+        check_int("algorithm.rollout_batch_size", rollout_batch_size, at_least=1)
+        check_int("algorithm.minibatch_size", minibatch_size, at_least=1)
         exact_div(rollout_batch_size, minibatch_size, "algorithm.rollout_batch_size", "algorithm.minibatch_size")
         disable_dropout(policy)
         self.policy = policy
         self.critic = critic(policy) if critic is not None else None
-        self.reward = reward
-        self.gold = gold
+        if self.critic is not None:
+            disable_dropout(self.critic)
+        # Not as submodules: a reward that is a network must not enter the optimiser, the checkpoint or train().
+        object.__setattr__(self, "reward", reward)
+        object.__setattr__(self, "gold", gold)
         self.kl = kl if kl is not None else FixedKL()
         self.scores = scores or ScoreShaper()
         self.rollout_batch_size = rollout_batch_size
@@ -139,8 +144,11 @@ class OnlineAlgorithm(Algorithm):
         rollout, anchors, mask = judged.rollout, judged.anchors, judged.rollout.response_mask
         with self.phase("advantage"):
             coef = self.kl.coef
-            rewards = place_scores(self.scores(total(judged.components), rollout.finished), mask)  # 4 shape
-            rewards = rewards + _dense_rest(judged.components, mask) - coef * judged.kl
+            whole = {name: x for name, x in judged.components.items() if x.ndim == 1}
+            dense = [x for x in judged.components.values() if x.ndim == 2]
+            scores = total(whole) if whole else torch.zeros(len(mask))
+            rewards = place_scores(self.scores(scores, rollout.finished), mask)  # 4 shape
+            rewards = sum(dense, rewards) - coef * judged.kl
             advantages, returns = self.advantages(rewards, rollout, anchors.values)  # 5 advantage
         self.tokens += int(mask.sum())
         self.pending.update(describe(judged, coef))
@@ -169,13 +177,14 @@ class OnlineAlgorithm(Algorithm):
         )
         with self.phase("rollout"):
             rollout = self.rollout(prompts, seed)
-        completions = self.policy.tokenizer.batch_decode(
-            [ids[mask] for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)],
-            skip_special_tokens=True,
-        )
+        completions = decode_completions(rollout, self.policy.tokenizer)
         with self.phase("score"):
             components = score(self.reward, prompts.prompts, completions, prompts.columns)
             gold = score(self.gold, prompts.prompts, completions, prompts.columns) if self.gold else {}
+            components, gold = (
+                {name: mask_dense(name, x, rollout.response_mask) for name, x in named.items()}
+                for named in (components, gold)
+            )
         with self.phase("anchor"):
             anchors = self.anchor(rollout)
         kl = kl_estimate(anchors.logprobs, anchors.ref_logprobs, self.kl.estimator)
@@ -186,6 +195,8 @@ class OnlineAlgorithm(Algorithm):
         """Stage 1, on the policy's device; the result is on the CPU."""
         bf16 = str(self.trainer.precision).startswith("bf16")
         model = self.policy.decoder(torch.bfloat16 if bf16 else torch.float32)
+        training = model.training
+        model.eval()  # in train mode gradient checkpointing would switch the KV cache off
         with torch.autocast(self.device.type, enabled=False):
             rollout = self.sampler.generate(
                 model,
@@ -195,6 +206,7 @@ class OnlineAlgorithm(Algorithm):
                 pad_id=self.policy.tokenizer.pad_token_id,
                 progress=lambda done, whole: self.call_hook("on_phase", "rollout", done, whole),
             )
+        model.train(training)
         return rollout.to("cpu")
 
     def anchor(self, rollout: Rollout) -> Anchors:
@@ -215,7 +227,8 @@ class OnlineAlgorithm(Algorithm):
 
     @property
     def temperature(self) -> float:
-        return self.sampler.temperature
+        """Of the distribution whose log-probabilities are compared; for greedy evaluation that is the plain softmax."""
+        return self.sampler.temperature or 1.0
 
     # ---- stages 6 to 8: updates -----------------------------------------------------------------------------------
 
@@ -254,6 +267,8 @@ class OnlineAlgorithm(Algorithm):
 
     def finish_iteration(self) -> None:
         """Stage 8, the end of an iteration: the KL controller, counters, the row of metrics, the samples."""
+        if self.loader.position < len(self.loader):
+            return  # max_steps ended the run inside the iteration; a run with more steps goes on from here
         self._validate_if_missed()
         row = {"policy/early_stopped": 0.0, **self.pending, **self.means.compute(), **self.schedule_metrics()}
         row["optim/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
@@ -288,16 +303,12 @@ class OnlineAlgorithm(Algorithm):
         validated, self.validated = self.validated, []
         if self.trainer.sanity_checking or not validated:
             return
-        sizes = torch.tensor([float(len(judged.completions)) for judged in validated])
-        described = [describe(judged, self.kl.coef) for judged in validated]
-        names = [name for name in described[0] if not name.endswith("kl_coef")]
-        metrics = {
-            f"val/{name}": float((torch.tensor([d[name] for d in described]) * sizes).sum() / sizes.sum())
-            for name in names
-        }
+        judged = cat_judged(validated)
+        described = describe(judged, self.kl.coef)
+        metrics = {f"val/{name}": value for name, value in described.items() if not name.endswith("kl_coef")}
         fitting = self.trainer.state.fn == "fit"
         iteration = self.iteration + 1 if fitting else self.iteration
-        samples = [row for judged in validated for row in sample_rows(judged, iteration, "validation")]
+        samples = sample_rows(judged, iteration, "validation")
         if fitting:
             self.pending.update(metrics)
             self.samples += samples
@@ -334,12 +345,18 @@ class OnlineAlgorithm(Algorithm):
         exact_div(self.minibatch_size, micro_batches, "algorithm.minibatch_size", "trainer.accumulate_grad_batches")
         self.reference = self.reference.to(self.trainer.strategy.root_device)
         for judge in (self.reward, self.gold):
+            if isinstance(judge, nn.Module):
+                judge.eval().requires_grad_(False)
             if hasattr(judge, "to"):
                 judge.to(self.trainer.strategy.root_device)
         if stage == "fit":
+            self.sampler.require_training()
+            self.policy.train()  # without dropout that only lets gradient checkpointing work
             self.take_over_loader()
 
     def train_dataloader(self) -> RolloutLoader:
+        if self.loader is not None and self._loader_state is None:
+            self._loader_state = self.loader.state_dict()  # a second fit, or a reloaded loader, goes on
         self.loader = RolloutLoader(
             prompts=PromptRows(SeededPasses(self.user_loader(), self.seed)),
             collect=self.collect,
@@ -373,6 +390,7 @@ class OnlineAlgorithm(Algorithm):
             "kl": self.kl.state_dict(),
             "scores": self.scores.state_dict(),
             "reference": self.reference_id,
+            "reward": self.reward.state_dict() if self.reward_has_state else None,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -387,6 +405,13 @@ class OnlineAlgorithm(Algorithm):
         self.minibatch_kl = tuple(state["minibatch_kl"])
         self.kl.load_state_dict(state["kl"])
         self.scores.load_state_dict(state["scores"])
+        if self.reward_has_state:
+            self.reward.load_state_dict(state["reward"])
+
+    @property
+    def reward_has_state(self) -> bool:
+        """Whether the reward keeps something that a resumed run needs; networks are frozen, so they do not."""
+        return hasattr(self.reward, "load_state_dict") and not isinstance(self.reward, nn.Module)
 
     def export(self, folder: Any) -> None:
         """Writes the policy (Hugging Face format) and the critic."""
@@ -405,6 +430,42 @@ class OnlineAlgorithm(Algorithm):
 
 
 _STAGES = ("rollout", "score", "anchor", "advantage")
+
+
+def decode_completions(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of the responses, decoded behind their prompts: some tokenizers drop a blank that begins a text."""
+    texts = []
+    for prompt, prompt_mask, ids, mask in zip(
+        rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask, strict=True
+    ):
+        before = tokenizer.decode(prompt[prompt_mask], skip_special_tokens=True)
+        both = tokenizer.decode(torch.cat([prompt[prompt_mask], ids[mask]]), skip_special_tokens=True)
+        alone = tokenizer.decode(ids[mask], skip_special_tokens=True)
+        texts.append(both[len(before) :] if both.startswith(before) else alone)
+    return texts
+
+
+def cat_judged(parts: list[Judged]) -> Judged:
+    """All completions of several batches as one, padded to the widest."""
+    widest = max(part.rollout.response_ids.shape[1] for part in parts)
+
+    def cat(tensors: list[Tensor], extra: int = 0) -> Tensor:
+        wide = widest + extra
+        return torch.cat([x if x.ndim == 1 else nn.functional.pad(x, (0, wide - x.shape[1])) for x in tensors])
+
+    return Judged(
+        PromptBatch.cat([part.prompts for part in parts]),
+        Rollout.cat([part.rollout for part in parts]),
+        [text for part in parts for text in part.completions],
+        {name: cat([part.components[name] for part in parts]) for name in parts[0].components},
+        {name: cat([part.gold[name] for part in parts]) for name in parts[0].gold},
+        Anchors(
+            cat([part.anchors.logprobs for part in parts]),
+            cat([part.anchors.ref_logprobs for part in parts]),
+            None if parts[0].anchors.values is None else cat([part.anchors.values for part in parts], extra=1),
+        ),
+        cat([part.kl for part in parts]),
+    )
 
 
 def describe(judged: Judged, coef: float) -> dict[str, float]:
@@ -456,16 +517,17 @@ def sample_rows(judged: Judged, iteration: int, split: str) -> list[dict[str, An
     ]
 
 
-def _dense_rest(components: dict[str, Tensor], mask: Tensor) -> Tensor:
-    """(B, T): moves the sums of dense components, which sit on the last token so far, to their own tokens."""
-    moved = torch.zeros(mask.shape)
-    for name, values in components.items():
-        if values.ndim == 2:
-            if values.shape != mask.shape:
-                raise UserError(
-                    f"reward '{name}' returned token rewards of shape {tuple(values.shape)}; the responses have "
-                    f"{tuple(mask.shape)}"
-                )
-            values = torch.where(mask, values, 0.0)
-            moved = moved + values - place_scores(values.sum(-1), mask)
-    return moved
+def mask_dense(name: str, values: Tensor, mask: Tensor) -> Tensor:
+    """Token rewards (B, T) with 0 where the mask is False; scores (B,) as they are.
+
+    Raises:
+        UserError: token rewards of another shape than the responses.
+    """
+    if values.ndim == 1:
+        return values
+    if values.shape != mask.shape:
+        raise UserError(
+            f"reward '{name}' returned token rewards of shape {tuple(values.shape)}; the responses have "
+            f"{tuple(mask.shape)}"
+        )
+    return torch.where(mask, values, 0.0)

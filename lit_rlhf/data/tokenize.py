@@ -39,6 +39,10 @@ def split_rows(batch: Any) -> list[Row]:
         if not hasattr(column, "__len__") or isinstance(column, str) or len(column) != size:
             length = len(column) if hasattr(column, "__len__") else "no"
             raise UserError(f"column '{name}' of the prompt batch has {length} entries, but '{key}' has {size}")
+    if taken := sorted({"prompts", "completions"} & set(batch)):
+        raise UserError(f"a column of the prompt batch is called '{taken[0]}', which every reward takes as an argument")
+    if size == 0:
+        raise UserError(f"'{key}' of a prompt batch is empty: the dataset yields a batch without rows")
     columns = {name: _as_list(column, name) for name, column in batch.items()}
     return [{name: column[i] for name, column in columns.items()} for i in range(size)]
 

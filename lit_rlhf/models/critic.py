@@ -1,6 +1,5 @@
 """Critics: a value head on the policy's backbone, or a model of its own."""
 
-import copy
 from pathlib import Path
 
 import torch
@@ -65,7 +64,7 @@ class SeparateCritic(nn.Module):
     def __init__(self, policy: Policy, *, init: str = "policy") -> None:
         super().__init__()
         if init == "policy":
-            self.backbone: PreTrainedModel = copy.deepcopy(policy.merged().base_model)
+            self.backbone: PreTrainedModel = policy.merged().base_model
             self.head = _Head(policy.hidden_size)
         else:
             model = _load_reward_model(init, policy)
@@ -113,6 +112,8 @@ def _load_reward_model(path: str, policy: Policy) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise UserError(f"critic.init={path}: no sequence classifier could be loaded: {error}") from error
     size, expected = model.config.get_text_config().vocab_size, policy.base.config.get_text_config().vocab_size
+    if model.config.num_labels != 1:
+        raise UserError(f"critic.init={path} has {model.config.num_labels} labels; a critic starts from a model with 1")
     if size != expected or getattr(model, "score", None) is None:
         raise UserError(
             f"critic.init={path} cannot be the critic: it reads {size} token ids and the policy writes {expected}, "

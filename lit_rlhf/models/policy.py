@@ -70,6 +70,7 @@ class Policy(nn.Module):
                 model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
             except (TypeError, ValueError) as error:
                 raise UserError(f"policy.lora={lora} does not fit this model: {error}") from error
+            _require_plain_lora(model, lora)
         self.model = model
         object.__setattr__(self, "_decoder", None)
 
@@ -159,25 +160,19 @@ class Policy(nn.Module):
         """
         start, steps = prompt_ids.shape[1] - 1, response_ids.shape[1]
         mask = torch.cat([prompt_mask, response_mask], dim=1)
-        states: list[Tensor] = []
-        hook = self.base.base_model.register_forward_hook(
-            lambda _module, _inputs, output: states.append(output.last_hidden_state)
+        output = self.model(
+            input_ids=torch.cat([prompt_ids, response_ids], dim=1),
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            logits_to_keep=torch.arange(start, start + steps, device=mask.device),
+            output_hidden_states=True,
+            use_cache=False,
         )
-        try:
-            output = self.model(
-                input_ids=torch.cat([prompt_ids, response_ids], dim=1),
-                attention_mask=mask,
-                position_ids=position_ids(mask),
-                logits_to_keep=torch.arange(start, start + steps, device=mask.device),
-                use_cache=False,
-            )
-        finally:
-            hook.remove()
         # At temperature 1 the logits stay as they are: the functions below work in fp32 without a whole fp32 copy.
         logits = output.logits if temperature == 1 else output.logits.float() / temperature
         with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
             entropy = entropy_from_logits(logits)
-        return PolicyOutput(selective_logprobs(logits, response_ids), entropy, states[0][:, start:])
+        return PolicyOutput(selective_logprobs(logits, response_ids), entropy, output.hidden_states[-1][:, start:])
 
     def decoder(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The model to decode with: weights as they are now, LoRA merged, in ``dtype``. Called once per rollout phase.
@@ -227,6 +222,28 @@ class Policy(nn.Module):
         clone.tokenizer = self.tokenizer
         clone._decoder = None
         return clone
+
+
+def _require_plain_lora(model: PeftModel, lora: dict[str, Any]) -> None:
+    """Refuses what would make the reference (adapter off) or the decoding copy (weight + delta) another model."""
+    config = next(iter(model.peft_config.values()))
+    refused = {
+        "modules_to_save": bool(config.modules_to_save),
+        "use_dora": config.use_dora,
+        "trainable_token_indices": config.trainable_token_indices is not None,
+        "bias": config.bias != "none",
+        "init_lora_weights": config.init_lora_weights not in (True, "gaussian"),
+    }
+    wrong = [name for name, found in refused.items() if found]
+    kinds = {type(m).__name__ for m in model.modules() if isinstance(m, LoraLayer)} - {"Linear"}
+    head = model.get_base_model().get_output_embeddings()
+    if not wrong and (kinds or isinstance(head, LoraLayer)):
+        wrong = ["target_modules"]
+    if wrong:
+        raise UserError(
+            f"policy.lora={lora}: {', '.join(wrong)} is not supported. The reference is the model, adapter off, so "
+            "the adapter must start at zero and be LoRA on linear layers inside the model, not on embeddings or head"
+        )
 
 
 def disable_dropout(module: nn.Module) -> None:

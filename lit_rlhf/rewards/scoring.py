@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ def score(
     """
     result = reward(prompts=list(prompts), completions=list(completions), **columns)
     if inspect.isawaitable(result):
-        result = asyncio.run(_wait(result))
+        # In a thread of its own, because a notebook's event loop is running in this one.
+        with ThreadPoolExecutor(1) as thread:
+            result = thread.submit(asyncio.run, _wait(result)).result()
     named = result if isinstance(result, Mapping) else {reward_name(reward): result}
     if not named:
         raise UserError(f"reward '{reward_name(reward)}' returned no components")

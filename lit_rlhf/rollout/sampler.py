@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lit_rlhf.batch import PromptBatch, Rollout
+from lit_rlhf.checks import check_int
 from lit_rlhf.errors import UserError
 from lit_rlhf.rollout.philox import uniform
 
@@ -40,14 +41,14 @@ class Sampler:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> None:
-        if max_new_tokens < 1:
-            raise UserError(f"sampler.max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_int("sampler.max_new_tokens", max_new_tokens, at_least=1)
         if not (temperature >= 0 and math.isfinite(temperature)):
             raise UserError(f"sampler.temperature must be finite and not negative, got {temperature}")
-        if chunk_size is not None and chunk_size < 1:
-            raise UserError(f"sampler.chunk_size must be at least 1 or null, got {chunk_size}")
-        if top_k is not None and top_k < 1:
-            raise UserError(f"sampler.top_k must be at least 1 or null, got {top_k}")
+        for name, value in {"chunk_size": chunk_size, "top_k": top_k}.items():
+            if value is not None:
+                check_int(f"sampler.{name}", value, at_least=1)
+        for token in stop_tokens:
+            check_int("sampler.stop_tokens", token, at_least=0)
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"sampler.top_p must be in (0, 1] or null, got {top_p}")
         self.max_new_tokens = max_new_tokens

@@ -408,7 +408,7 @@ def test_max_steps_counts_optimiser_steps(trainer):
     ppo = make()
     fit(trainer, ppo, max_epochs=-1, max_steps=6, accumulate_grad_batches=2)
     assert ppo.trainer.global_step == 6
-    assert ppo.iteration == 2  # 4 steps an iteration: the second one was cut short
+    assert ppo.iteration == 1  # 4 steps an iteration: the second one is not over, a longer run goes on with it
 
 
 def test_reward_rises_when_ppo_trains(trainer):
@@ -585,6 +585,98 @@ def test_a_loader_given_straight_to_fit_works(trainer):
     assert ppo.iteration == 1
 
 
+def test_a_sampler_that_cuts_the_distribution_validates_but_does_not_train(trainer):
+    for sampler in (Sampler(max_new_tokens=4, top_k=5), Sampler(max_new_tokens=4, temperature=0.0)):
+        ppo = make(sampler=sampler)
+        loop = trainer(max_epochs=1)
+        loop.validate(ppo, datamodule=Prompts(validation=True), verbose=False)
+        assert math.isfinite(ppo.last_row["val/objective/kl"])
+        with pytest.raises(UserError, match=r"top_k|temperature"):
+            loop.fit(ppo, datamodule=Prompts())
+
+
+def test_a_network_as_reward_is_neither_trained_nor_saved(trainer, tmp_path):
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def forward(self, completions, **_):
+            assert not self.training
+            return self.layer(torch.tensor([[float(len(text))] for text in completions])).squeeze(-1)
+
+    network = Network()
+    ppo = make(reward=network)
+    fit(trainer, ppo)
+    ppo.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert all(not parameter.requires_grad for parameter in network.parameters())
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert all(name.startswith(("policy.", "critic.")) for name in [*saved, *dict(ppo.named_parameters())])
+
+
+def test_padding_of_token_rewards_counts_nowhere(trainer):
+    recorded = {}
+
+    class Recorded(PPO):
+        def advantages(self, rewards, rollout, values):
+            recorded.update(rewards=rewards, mask=rollout.response_mask)
+            return super().advantages(rewards, rollout, values)
+
+    def dense(completions, **_):
+        return torch.ones(len(completions), 8)
+
+    ppo = Recorded(policy=tiny_policy(spread=0.15), reward=dense, kl=FixedKL(coef=0.0), scores=ScoreShaper(scale=0.5),
+                   sampler=Sampler(max_new_tokens=8, stop_tokens=range(2, 60)), rollout_batch_size=8, minibatch_size=4,
+                   seed=1)  # fmt: skip
+    watch = fit(trainer, ppo, max_epochs=1)
+    assert not recorded["mask"].all()
+    assert torch.equal(recorded["rewards"], recorded["mask"].float())
+    assert watch.rows[0]["objective/scores"] == pytest.approx(watch.rows[0]["rollout/response_length"])
+
+
+def test_a_second_fit_goes_on_with_new_episodes(trainer):
+    ppo = make(lr=0.0)
+    first = fit(trainer, ppo, max_epochs=1).samples
+    second = fit(trainer, ppo, max_epochs=1).samples
+    assert [s["completion"] for s in first] != [s["completion"] for s in second]
+    assert ppo.iteration == 2
+
+
+def test_validation_metrics_do_not_depend_on_the_batches(trainer):
+    rows = []
+    for size in (2, 4):
+        ppo = make(tiny_policy(spread=0.15), sampler=Sampler(max_new_tokens=8, stop_tokens=range(2, 60)))
+        loader = DataLoader([{"prompt": text} for text in Prompts.texts], batch_size=size)
+        trainer().validate(ppo, loader, verbose=False)
+        rows.append({k: v for k, v in ppo.last_row.items() if k.startswith("val/")})
+    assert rows[0] == pytest.approx(rows[1], abs=1e-5)
+    assert rows[0]["val/objective/scores_std"] > 0
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"},
+        {"init_lora_weights": False}, {"target_modules": ["embed_tokens"]}, {"target_modules": ["lm_head"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lora_settings_that_break_the_reference_or_the_decoder_are_refused(lora):
+    with pytest.raises(UserError, match=r"policy\.lora"):
+        tiny_policy(lora={**LORA, **lora})
+
+
+def test_gradient_checkpointing_is_active_and_changes_nothing(trainer):
+    def weights(checkpointing):
+        policy = Policy(model=tiny_model(), tokenizer=byte_tokenizer(), gradient_checkpointing=checkpointing)
+        watch = fit(trainer, make(policy, lr=0.5))
+        assert watch.rows[0]["rollout/logprob_gap"] < 1e-5
+        assert policy.model.training
+        return torch.cat([p.flatten() for p in policy.parameters()])
+
+    torch.testing.assert_close(weights(True), weights(False), atol=1e-5, rtol=1e-4)
+
+
 def test_every_logged_name_is_in_the_metrics_table(trainer):
     ppo = make(gold=letters, kl=AdaptiveKL(init_coef=0.1, target=1.0, horizon=100))
     watch = fit(trainer, ppo, data=Prompts(validation=True))
@@ -616,7 +708,6 @@ def test_metrics_do_not_count_padding(trainer):
     [
         ({"gamma": 1.5}, "algorithm.gamma"), ({"lam": -0.1}, "algorithm.lam"), ({"value_coef": -1.0}, "value_coef"),
         ({"target_kl": 0.0}, "target_kl"), ({"ppo_epochs": 0}, "epochs"), ({"seed": -1}, "seed"),
-        ({"sampler": Sampler(top_k=50)}, "top_k"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name(changes, message):
