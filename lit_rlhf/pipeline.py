@@ -1,5 +1,7 @@
 """Training runs in a row, each a normal run in its own subfolder: ``lit-rlhf pipeline experiment=human_ratings``."""
 
+import hashlib
+import json
 import logging
 import re
 import sys
@@ -15,11 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.config import CONFIG_DIR, command, differences, flatten, refuse_unknown, resolved
 from lit_rlhf.errors import UserError
-from lit_rlhf.run_folder import CONFIG, read_summary
+from lit_rlhf.run_folder import CONFIG, read_summary, replace_file
 from lit_rlhf.terminal import print_result
 from lit_rlhf.train import optimized_value, train
 
 log = logging.getLogger(__name__)
+
+INPUTS = "inputs.json"  # in a stage's folder: the hashes of the models it was made from
 
 #: What may differ between a complete stage and the same stage asked for again.
 _MAY_DIFFER = (
@@ -45,7 +49,7 @@ def run_pipeline(config: DictConfig) -> float | None:
     if "data" in config:
         refuse_unknown(config, set(), under="data")
     value = None
-    fresh: str | None = None  # the first stage that ran anew in this call
+    made: dict[str, str] = {}  # earlier stage -> hash of its model
     for number, (name, overrides) in enumerate(stages.items(), start=1):
         own = to_overrides(plain.get(name) or {})
         if taken := [o for o in own if o.startswith(("paths.output_dir=", "ckpt_path="))]:
@@ -65,14 +69,16 @@ def run_pipeline(config: DictConfig) -> float | None:
         if "wandb" in (stage.get("logger") or {}):
             stage.logger.wandb.group = plain["task_name"]
             stage.logger.wandb.name = f"{plain['task_name']}/{name}"
-        if is_complete(folder / name, stage, fresh):
+        require_same_inputs(folder / name, made)
+        if is_complete(folder / name, stage):
             log.info("[%d/%d] %s is complete: %s", number, len(stages), name, folder / name)
             value = optimized_value(read_summary(folder / name), stage.optimized_metric)
-            continue
-        log.info("[%d/%d] %s: %s", number, len(stages), name, folder / name)
-        if not (folder / name / "checkpoints" / "last.ckpt").exists():
-            fresh = fresh or name
-        value = train(stage)
+        else:
+            log.info("[%d/%d] %s: %s", number, len(stages), name, folder / name)
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            replace_file(folder / name / INPUTS, json.dumps(made, indent=2) + "\n")
+            value = train(stage)
+        made[name] = hash_model(folder / name / "model")
     from lit_rlhf.report import build_report  # here, because its plotting library takes half a second to import
 
     report = build_report(folder)
@@ -104,11 +110,32 @@ def user_config_dirs() -> list[str]:
     return [f"{source.schema}://{source.path}" for source in sources if source.provider.startswith(users)]
 
 
-def is_complete(folder: Path, stage: DictConfig, fresh: str | None) -> bool:
+def require_same_inputs(folder: Path, made: dict[str, str]) -> None:
+    """Raises UserError if the stage in ``folder`` was begun with other models of earlier stages than there are now."""
+    if not (folder / INPUTS).exists():
+        return
+    begun = json.loads((folder / INPUTS).read_text())
+    if changed := sorted(name for name in made if begun.get(name) != made[name]):
+        raise UserError(
+            f"{folder} was made from another '{changed[0]}' than the one that is there now. "
+            "Remove that folder to run the stage again."
+        )
+
+
+def hash_model(folder: Path) -> str:
+    """SHA-256 over the weights that a stage left behind."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def is_complete(folder: Path, stage: DictConfig) -> bool:
     """Whether a stage's folder holds a complete run of this very configuration.
 
     Raises:
-        UserError: it is complete with another configuration, or an earlier stage has just been made anew under it.
+        UserError: it is complete with another configuration.
     """
     if read_summary(folder).get("status") != "completed":
         return False
@@ -119,11 +146,6 @@ def is_complete(folder: Path, stage: DictConfig, fresh: str | None) -> bool:
             + "\n  ".join(changed)
             + "\nRemove that folder to run the stage again, or choose another one with paths.output_dir=..."
         )
-    if fresh is not None:
-        raise UserError(
-            f"the stage '{fresh}' was just run anew, but {folder} was made from the one before it. "
-            "Remove that folder to run the stage again."
-        )
     return True
 
 
@@ -133,7 +155,20 @@ def to_overrides(values: dict[str, Any]) -> list[str]:
     >>> to_overrides({"kl": {"coef": 0.1}, "critic": "separate", "tags": ["a b"]})
     ['kl.coef=0.1', 'critic=separate', "tags=['a b']"]
     """
-    return [f"{key}={quote(value)}" for key, value in flatten(values).items()]
+    return [f"{decode_key(key)}={quote(value)}" for key, value in flatten(values).items()]
+
+
+def encode_key(key: str) -> str:
+    """``kl.coef`` as one name, so that ``ppo.kl=adaptive ppo.kl.target=3`` are two keys and not a tree with one branch.
+
+    >>> encode_key("reward@gold.on"), decode_key(encode_key("reward@gold.on"))
+    ('reward-at-gold--on', 'reward@gold.on')
+    """
+    return key.replace("@", "-at-").replace(".", "--")
+
+
+def decode_key(key: str) -> str:
+    return key.replace("--", ".").replace("-at-", "@")
 
 
 def quote(value: Any) -> str:
@@ -160,13 +195,13 @@ def _main(config: DictConfig) -> float | None:
 
 
 def main() -> None:
-    """Adds ``++`` to overrides such as ``ppo.kl.coef=0.1``: the pipeline's config does not list a stage's keys."""
-    stage_key = re.compile(r"(\w+)\.[\w.@/]+=")
+    """Turns ``ppo.kl.coef=0.1`` into a new key of the node ``ppo``: the pipeline's config lists no stage's keys."""
     own = ("paths.", "hydra.", "stages.", "data.")
-    sys.argv[1:] = [
-        f"++{argument}" if stage_key.match(argument) and not argument.startswith(own) else argument
-        for argument in sys.argv[1:]
-    ]
+    for number, argument in enumerate(sys.argv[1:], start=1):
+        found = re.match(r"(\w+)\.([\w.@/]+)(=.*)", argument, flags=re.S)
+        if found and not argument.startswith(own):
+            stage, key, value = found.groups()
+            sys.argv[number] = f"++{stage}.{encode_key(key)}{value}"
     _main()
 
 

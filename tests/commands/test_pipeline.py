@@ -228,16 +228,18 @@ def test_a_complete_stage_of_another_configuration_is_refused_and_kept(human_rat
     assert times(folder) == before
 
 
-def test_a_stage_made_anew_under_a_complete_one_is_refused(human_ratings):
+def test_a_stage_under_which_another_model_was_put_is_refused(human_ratings):
     folder, run, _ = human_ratings
-    (folder / "reward_model").rename(folder / "aside")
+    weights = folder / "reward_model" / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    assert run().code == 0
     try:
+        weights.write_bytes(before + b" ")
         result = run()
         assert result.code == 1
-        assert "'reward_model' was just run anew" in result.err
+        assert "was made from another 'reward_model'" in result.err
     finally:
-        subprocess.run(["rm", "-rf", str(folder / "reward_model")], check=True)
-        (folder / "aside").rename(folder / "reward_model")
+        weights.write_bytes(before)
 
 
 # ---- an interruption ------------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def test_a_killed_pipeline_continues_as_if_nothing_had_happened(own):
     )
     assert killed.returncode == -signal.SIGKILL
     assert [row["iteration"] for row in table(own / "cut" / "tune")] == ["1", "2"]
-    assert not (own / "cut" / "tune" / "summary.json").exists()
+    assert json.loads((own / "cut" / "tune" / "summary.json").read_text())["status"] == "running"
     assert torch.load(own / "cut" / "tune" / "checkpoints" / "last.ckpt")["lit_rlhf"]["iteration"] == 2
     warm = times(own / "cut" / "warm")
 
@@ -345,3 +347,10 @@ def test_a_key_that_no_stage_reads_is_refused(override, parts, own):
         assert part in result.err, result.err
     assert "Traceback" not in result.err
     assert not (own / "run" / "ppo").exists()
+
+
+def test_a_group_and_a_key_of_it_can_both_be_chosen_for_a_stage(human_ratings, tmp_path):
+    _, run, _ = human_ratings
+    result = run("ppo.clip=asymmetric", "ppo.clip.low=0", f"paths.output_dir={tmp_path}")
+    assert result.code == 1
+    assert "clip.low must be a finite number above 0 and below 1, got 0" in result.err
