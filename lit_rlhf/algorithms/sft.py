@@ -65,6 +65,8 @@ class SFT(OfflineAlgorithm):
             raise UserError(
                 f"algorithm.max_length={max_length} must be at least 2 and at most the policy's context of {context}"
             )
+        if policy.tokenizer.eos_token_id is None:
+            raise UserError("SFT ends every text with the tokenizer's end of sequence, but this tokenizer has none")
         self.policy = policy
         self.max_length = max_length or context
 

@@ -216,3 +216,10 @@ def test_bad_batches_are_refused(batch, message):
 def test_a_length_outside_the_context_is_refused(length):
     with pytest.raises(UserError, match=f"max_length={length} must be at least 2 and .* context of 128"):
         SFT(policy=tiny_policy(), max_length=length)
+
+
+def test_a_tokenizer_without_an_end_of_sequence_is_refused():
+    policy = tiny_policy()
+    policy.tokenizer.eos_token = None
+    with pytest.raises(UserError, match="end of sequence"):
+        SFT(policy=policy)
