@@ -163,7 +163,6 @@ def test_a_value_that_the_optimizer_or_the_scheduler_refuses_is_named(override, 
     ("overrides", "parts"),
     [
         (["algorithm.minibatch_size=3"], ["rollout_batch_size=4", "minibatch_size=3"]),
-        (["algorithm.minibatch_size=0"], ["rollout_batch_size=4", "minibatch_size=0"]),
         (["trainer.accumulate_grad_batches=4"], ["minibatch_size=2", "accumulate_grad_batches=4"]),
     ],
 )
@@ -341,3 +340,9 @@ def test_an_optimized_metric_that_does_not_exist_is_named_and_the_run_is_kept(fo
     refused(result, "optimized_metric=objective/skores", "objective/scores")
     assert json.loads(Path("run/summary.json").read_text())["status"] == "completed"
     assert Path("run/model/config.json").is_file()
+
+
+def test_a_size_of_zero_is_refused_by_name():
+    result = run_here("train", *TINY, "algorithm.minibatch_size=0")
+    assert result.code == 1
+    assert "algorithm.minibatch_size must be a whole number of at least 1, got 0" in result.err
