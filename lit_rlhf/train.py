@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.config import command, differences, instantiate, instantiate_all, refuse_unknown, resolved
 from lit_rlhf.errors import UserError
-from lit_rlhf.precision import best_precision
+from lit_rlhf.machine import best_precision, keep_freed_memory
 from lit_rlhf.quiet import quiet
 from lit_rlhf.run_folder import write_summary
 from lit_rlhf.terminal import print_config
@@ -58,6 +58,7 @@ def build(config: DictConfig) -> Run:
     refuse_unknown(config, {*PARTS, *_OWN, *_PLAIN})
     refuse_unknown(config, {"output_dir"}, under="paths")
     quiet()
+    keep_freed_memory()
     if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {config.seed}")
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -93,6 +94,8 @@ def train(config: DictConfig) -> float | None:
     start = time.perf_counter()
     run = build(config)
     checkpoint = find_checkpoint(config.ckpt_path, run)
+    if checkpoint is None:
+        require_unused(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
     write_summary(run.folder, status="running")  # a run that is killed does not look complete
@@ -103,7 +106,7 @@ def train(config: DictConfig) -> float | None:
         if checkpoint is None:
             for target in [*run.trainer.loggers, *run.trainer.callbacks]:
                 if hasattr(target, "resume_from"):
-                    target.resume_from(-1)  # a folder that was used before starts anew
+                    target.resume_from(-1)  # the rows of a run that ended before its first checkpoint go
             if run.trainer.limit_val_batches and is_overridden("val_dataloader", run.datamodule):
                 run.trainer.validate(run.algorithm, datamodule=run.datamodule, verbose=False)
         run.trainer.fit(run.algorithm, datamodule=run.datamodule, ckpt_path=checkpoint)
@@ -186,6 +189,16 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
             + "\nContinue with the old values, or start a new run in another folder (paths.output_dir=...)."
         )
     return str(path)
+
+
+def require_unused(folder: Path) -> None:
+    """Raises UserError if a new run in ``folder`` would overwrite what another one has learned."""
+    for held in ("checkpoints/last.ckpt", "model"):
+        if (folder / held).exists():
+            raise UserError(
+                f"{folder} holds another run's {held}, which a new run would overwrite. Continue that run with "
+                "ckpt_path=auto, remove the folder, or choose another one with paths.output_dir=..."
+            )
 
 
 def peak_memory_gb() -> float:

@@ -60,7 +60,6 @@ class Algorithm(L.LightningModule):
     """
 
     online: bool
-    stage: str
 
     def __init__(
         self,
@@ -118,6 +117,18 @@ class Algorithm(L.LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.means.add({"optim/grad_norm": torch.nn.utils.get_total_norm(gradients)}, 1.0)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,  # noqa: ARG002  (Lightning's signature)
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as Lightning does, but lets fused optimisers through: it refuses them in every mixed precision."""
+        if not gradient_clip_val:
+            return
+        clip = torch.nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else torch.nn.utils.clip_grad_norm_
+        clip([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
+
     def log_row(self, metrics: dict[str, float]) -> None:
         """Sends one row to every logger, to ``trainer.callback_metrics`` and to callbacks with the hook ``on_row``.
 
@@ -136,6 +147,16 @@ class Algorithm(L.LightningModule):
             hook = getattr(callback, name, None)
             if hook is not None:
                 hook(self.trainer, self, *args)
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002  (Lightning's signature)
+        if self.trainer.world_size > 1:
+            raise UserError(f"this version trains in one process, but the trainer has {self.trainer.world_size}")
+
+    def run_validation(self) -> None:
+        """Runs the validation loop from within the fit, where the fit loop itself does not."""
+        self.trainer.validating = True
+        self.trainer.fit_loop.epoch_loop.val_loop.run()
+        self.trainer.training = True
 
     def take_over_loader(self) -> None:
         """Makes the fit loop ask this module for its train loader, which then wraps the user's (``user_loader``).

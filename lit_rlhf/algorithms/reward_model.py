@@ -17,6 +17,7 @@ from lit_rlhf.batch import PreferenceBatch
 from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import preference_loss
+from lit_rlhf.models.policy import disable_dropout
 from lit_rlhf.models.scorer import Scorer
 from lit_rlhf.rollout.philox import derive_seed
 
@@ -56,14 +57,14 @@ class RewardModel(OfflineAlgorithm):
         margin_coef: weight of ``margin`` (Touvron et al. 2023, arXiv:2307.09288, eq. 2); 0 ignores it.
         center_coef: adds ``center_coef * mean (r_chosen + r_rejected)^2``, which keeps scores around 0 (Eisenstein et
             al. 2023, arXiv:2312.09244, eq. 2); Bradley-Terry leaves their mean free.
+        dropout: whether the model's own dropout is active in training. Without it a step of MiniLM takes a sixth less,
+            and one epoch, which hardly overfits, ends no worse.
         log_every_n_steps: see ``OfflineAlgorithm``.
         optimizer, scheduler, seed: see ``Algorithm``.
 
     Raises:
         UserError: a value out of range, nothing to load, a batch with other columns, or an empty text.
     """
-
-    stage = "reward_model"
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class RewardModel(OfflineAlgorithm):
         max_length: int = 128,
         margin_coef: float = 0.0,
         center_coef: float = 0.0,
+        dropout: bool = False,
         log_every_n_steps: int = 10,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
@@ -83,6 +85,8 @@ class RewardModel(OfflineAlgorithm):
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(seed))
             self.scorer = Scorer.from_pretrained(path=model_path, labels=1, max_length=max_length)
+        if not dropout:
+            disable_dropout(self.scorer)
 
     def collate(self, batch: Any) -> MicroBatch:
         columns = set(batch) if isinstance(batch, Mapping) else set()

@@ -1,0 +1,34 @@
+"""What suits the machine that a run is on: its precision, how its memory is kept."""
+
+import ctypes
+import platform
+
+import torch
+
+# Parameters of glibc's mallopt, from malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse large blocks instead of giving each one back to the system and faulting its pages in again.
+
+    Logits and activations come and go in blocks of tens of megabytes: a PPO iteration of SmolLM2 on two cores takes a
+    fifth less time, at the same peak. Does nothing where the C library is another one.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def best_precision() -> str:
+    """``bf16-mixed`` where the hardware multiplies bfloat16 matrices quickly, else ``32-true``.
+
+    On CPUs that is avx512_bf16 or amx: without them bfloat16 is emulated, slower than fp32. On GPUs, compute capability
+    8.0 and later.
+    """
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
