@@ -226,8 +226,7 @@ class OfflineAlgorithm(Algorithm):
         return math.ceil(self.window_loader().epoch_batches / self.trainer.accumulate_grad_batches)
 
     def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1:
-            raise UserError(f"this version trains in one process, but the trainer has {self.trainer.world_size}")
+        super().setup(stage)
         if stage == "fit":
             self.take_over_loader()
             self.loader = None
@@ -262,11 +261,9 @@ class OfflineAlgorithm(Algorithm):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.awaits_validation:  # the checkpoint was made between a step and its validation
-            loop = self.trainer.fit_loop.epoch_loop.val_loop
-            loop.restarting = False  # its progress is that of the validation before
-            self.trainer.validating = True
-            loop.run()
-            self.trainer.training = True
+            # its progress is that of the validation before
+            self.trainer.fit_loop.epoch_loop.val_loop.restarting = False
+            self.run_validation()
 
     def state(self) -> dict[str, Any]:
         return {

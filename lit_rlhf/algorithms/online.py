@@ -1,21 +1,31 @@
 """The base of every algorithm that learns from its own completions: stages 1 to 4 and 6, and what Lightning needs."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.algorithms.judged import (
+    Anchors,
+    Judged,
+    cat_judged,
+    decode_completions,
+    describe,
+    mask_dense,
+    sample_rows,
+)
 from lit_rlhf.batch import Experience, PromptBatch, Rollout
 from lit_rlhf.checks import check_int
 from lit_rlhf.data.passes import SeededPasses
 from lit_rlhf.data.tokenize import PromptRows, Row, split_rows, tokenize_prompts
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import kl_estimate, masked_mean
+from lit_rlhf.functional import kl_estimate
+from lit_rlhf.generators import seeded
 from lit_rlhf.kl import FixedKL
 from lit_rlhf.models.policy import Policy, PolicyOutput, disable_dropout
 from lit_rlhf.models.reference import make_reference
@@ -26,27 +36,8 @@ from lit_rlhf.rollout.philox import derive_seed
 from lit_rlhf.rollout.sampler import Sampler
 
 CriticFactory = Callable[[Policy], nn.Module]
-_VALIDATION_STREAM = 1  # keeps validation's random numbers apart from training's
-
-
-class Anchors(NamedTuple):
-    """Stage 3: what the frozen models say about a rollout, all (B, T) on the CPU; values (B, T + 1) or None."""
-
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor | None
-
-
-class Judged(NamedTuple):
-    """A rollout with its texts and stages 2 and 3: everything that is measured about completions."""
-
-    prompts: PromptBatch
-    rollout: Rollout
-    completions: list[str]
-    components: dict[str, Tensor]
-    gold: dict[str, Tensor]
-    anchors: Anchors
-    kl: Tensor  # (B, T), 0 where the mask is False
+# Keep the random numbers of validation and of rewards apart from those of training.
+_VALIDATION_STREAM, _SCORE_STREAM = 1, 2
 
 
 class OnlineAlgorithm(Algorithm):
@@ -108,6 +99,7 @@ class OnlineAlgorithm(Algorithm):
         object.__setattr__(self, "reward", reward)
         object.__setattr__(self, "gold", gold)
         self.kl = kl if kl is not None else FixedKL()
+        copy.deepcopy(self.kl).update(0.0, rollout_batch_size)  # refuses now what it would refuse after an iteration
         self.scores = scores or ScoreShaper()
         self.rollout_batch_size = rollout_batch_size
         self.minibatch_size = minibatch_size
@@ -178,9 +170,11 @@ class OnlineAlgorithm(Algorithm):
         with self.phase("rollout"):
             rollout = self.rollout(prompts, seed)
         completions = decode_completions(rollout, self.policy.tokenizer)
-        with self.phase("score"):
-            components = score(self.reward, prompts.prompts, completions, prompts.columns)
-            gold = score(self.gold, prompts.prompts, completions, prompts.columns) if self.gold else {}
+        ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+        # A reward that draws random numbers draws the same ones in a resumed run.
+        with self.phase("score"), seeded(derive_seed(seed, _SCORE_STREAM, int(episodes[0]))):
+            components = score(self.reward, prompts.prompts, completions, prompts.columns, ids)
+            gold = score(self.gold, prompts.prompts, completions, prompts.columns, ids) if self.gold else {}
             components, gold = (
                 {name: mask_dense(name, x, rollout.response_mask) for name, x in named.items()}
                 for named in (components, gold)
@@ -325,9 +319,7 @@ class OnlineAlgorithm(Algorithm):
         trainer, every = self.trainer, self.trainer.check_val_every_n_epoch
         due = trainer.enable_validation and every is not None and (self.iteration + 1) % every == 0
         if due and not any(name.startswith("val/") for name in self.pending):
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
+            self.run_validation()
 
     # ---- Lightning ------------------------------------------------------------------------------------------------
 
@@ -339,8 +331,7 @@ class OnlineAlgorithm(Algorithm):
         return self.epochs * (self.rollout_batch_size // self.minibatch_size)
 
     def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1:
-            raise UserError(f"this version trains in one process, but the trainer has {self.trainer.world_size}")
+        super().setup(stage)
         micro_batches = self.trainer.accumulate_grad_batches
         exact_div(self.minibatch_size, micro_batches, "algorithm.minibatch_size", "trainer.accumulate_grad_batches")
         self.reference = self.reference.to(self.trainer.strategy.root_device)
@@ -430,104 +421,3 @@ class OnlineAlgorithm(Algorithm):
 
 
 _STAGES = ("rollout", "score", "anchor", "advantage")
-
-
-def decode_completions(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of the responses, decoded behind their prompts: some tokenizers drop a blank that begins a text."""
-    texts = []
-    for prompt, prompt_mask, ids, mask in zip(
-        rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask, strict=True
-    ):
-        before = tokenizer.decode(prompt[prompt_mask], skip_special_tokens=True)
-        both = tokenizer.decode(torch.cat([prompt[prompt_mask], ids[mask]]), skip_special_tokens=True)
-        alone = tokenizer.decode(ids[mask], skip_special_tokens=True)
-        texts.append(both[len(before) :] if both.startswith(before) else alone)
-    return texts
-
-
-def cat_judged(parts: list[Judged]) -> Judged:
-    """All completions of several batches as one, padded to the widest."""
-    widest = max(part.rollout.response_ids.shape[1] for part in parts)
-
-    def cat(tensors: list[Tensor], extra: int = 0) -> Tensor:
-        wide = widest + extra
-        return torch.cat([x if x.ndim == 1 else nn.functional.pad(x, (0, wide - x.shape[1])) for x in tensors])
-
-    return Judged(
-        PromptBatch.cat([part.prompts for part in parts]),
-        Rollout.cat([part.rollout for part in parts]),
-        [text for part in parts for text in part.completions],
-        {name: cat([part.components[name] for part in parts]) for name in parts[0].components},
-        {name: cat([part.gold[name] for part in parts]) for name in parts[0].gold},
-        Anchors(
-            cat([part.anchors.logprobs for part in parts]),
-            cat([part.anchors.ref_logprobs for part in parts]),
-            None if parts[0].anchors.values is None else cat([part.anchors.values for part in parts], extra=1),
-        ),
-        cat([part.kl for part in parts]),
-    )
-
-
-def describe(judged: Judged, coef: float) -> dict[str, float]:
-    """The metrics of a rollout; every mean over tokens is taken with the response mask."""
-    rollout, anchors, mask = judged.rollout, judged.anchors, judged.rollout.response_mask
-    scores = total(judged.components)
-    kl = judged.kl.sum(-1)
-    lengths = rollout.lengths.float()
-    metrics = {
-        "objective/kl": kl.mean(),
-        "objective/kl_per_token": masked_mean(judged.kl, mask),
-        "objective/kl_coef": coef,
-        "objective/entropy": torch.where(mask, -anchors.logprobs, 0.0).sum(-1).mean(),
-        "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(correction=0),
-        "objective/non_score_reward": -coef * kl.mean(),
-        "objective/rlhf_reward": scores.mean() - coef * kl.mean(),
-        "rollout/response_length": lengths.mean(),
-        "rollout/prompt_length": rollout.prompt_mask.sum(-1).float().mean(),
-        "rollout/eos_rate": rollout.finished.float().mean(),
-        "rollout/truncated_rate": (~rollout.finished).float().mean(),
-        "rollout/logprob_gap": masked_mean((rollout.logprobs - anchors.logprobs).abs(), mask),
-    }
-    for prefix, components in (("reward", judged.components), ("gold", judged.gold)):
-        for name, values in components.items():
-            metrics[f"{prefix}/{name}"] = total({name: values}).mean()
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def sample_rows(judged: Judged, iteration: int, split: str) -> list[dict[str, Any]]:
-    """One JSON-ready dict per completion, as in ``samples.jsonl``."""
-    scores, kl, lengths = total(judged.components), judged.kl.sum(-1), judged.rollout.lengths
-    parts = {
-        key: {name: total({name: values}) for name, values in components.items()}
-        for key, components in (("components", judged.components), ("gold", judged.gold))
-    }
-    return [
-        {
-            "iteration": iteration,
-            "split": split,
-            "prompt": prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt),
-            "completion": completion,
-            "score": float(scores[i]),
-            **{key: {name: float(values[i]) for name, values in named.items()} for key, named in parts.items()},
-            "kl": float(kl[i]),
-            "length": int(lengths[i]),
-        }
-        for i, (prompt, completion) in enumerate(zip(judged.prompts.prompts, judged.completions, strict=True))
-    ]
-
-
-def mask_dense(name: str, values: Tensor, mask: Tensor) -> Tensor:
-    """Token rewards (B, T) with 0 where the mask is False; scores (B,) as they are.
-
-    Raises:
-        UserError: token rewards of another shape than the responses.
-    """
-    if values.ndim == 1:
-        return values
-    if values.shape != mask.shape:
-        raise UserError(
-            f"reward '{name}' returned token rewards of shape {tuple(values.shape)}; the responses have "
-            f"{tuple(mask.shape)}"
-        )
-    return torch.where(mask, values, 0.0)

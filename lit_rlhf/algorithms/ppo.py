@@ -44,8 +44,6 @@ class PPO(OnlineAlgorithm):
             scheduler, seed; see ``OnlineAlgorithm``.
     """
 
-    stage = "ppo"
-
     def __init__(
         self,
         *,

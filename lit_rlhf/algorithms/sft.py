@@ -47,8 +47,6 @@ class SFT(OfflineAlgorithm):
         UserError: ``max_length`` is not within the policy's context; a batch without these columns; an empty text.
     """
 
-    stage = "sft"
-
     def __init__(
         self,
         *,

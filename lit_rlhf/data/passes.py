@@ -1,13 +1,11 @@
 """Repeatable passes over a user's own loader, with a place to resume from."""
 
-import random
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
-
 from lit_rlhf.errors import UserError
+from lit_rlhf.generators import get_generators, seed_generators, set_generators
 from lit_rlhf.rollout.philox import derive_seed
 
 END_OF_PASS = object()
@@ -57,10 +55,7 @@ class SeededPasses:
         return batch
 
     def _start(self) -> None:
-        seed = derive_seed(self.seed, self.number)
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        seed_generators(derive_seed(self.seed, self.number))
         self._iterator = iter(self.loader)
         for number in range(self.batch):
             if next(self._iterator, END_OF_PASS) is END_OF_PASS:
@@ -69,37 +64,20 @@ class SeededPasses:
                     f"after {number} now. Resume with the same data and batch size."
                 )
 
-    def _own_generators(self) -> "_Generators":
-        return _Generators(self)
+    @contextmanager
+    def _own_generators(self) -> Iterator[None]:
+        """Swaps the global generators for the pass's own while a batch is drawn."""
+        outside = get_generators()
+        if self._generators is not None:
+            set_generators(self._generators)
+        try:
+            yield
+        finally:
+            self._generators = get_generators()
+            set_generators(outside)
 
     def state_dict(self) -> dict[str, int]:
         return {"number": self.number, "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.number, self.batch, self._iterator = state["number"], state["batch"], None
-
-
-class _Generators:
-    """Swaps the global generators for the pass's own while a batch is drawn."""
-
-    def __init__(self, passes: SeededPasses) -> None:
-        self._passes = passes
-
-    def __enter__(self) -> None:
-        self._outside = _get_generators()
-        if self._passes._generators is not None:
-            _set_generators(self._passes._generators)
-
-    def __exit__(self, *_: object) -> None:
-        self._passes._generators = _get_generators()
-        _set_generators(self._outside)
-
-
-def _get_generators() -> tuple[Any, Any, Any]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _set_generators(states: tuple[Any, Any, Any]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])

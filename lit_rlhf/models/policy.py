@@ -1,6 +1,7 @@
 """The policy: any causal language model of transformers, fully trained or through LoRA."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,11 @@ class Policy(nn.Module):
         if tokenizer.pad_token_id is None:
             raise UserError("the policy's tokenizer has neither a pad nor an eos token; set one before training")
         self.tokenizer = tokenizer
+        if model._is_stateful or "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise UserError(
+                f"{type(model).__name__} keeps a recurrent state instead of a key-value cache: completions are decoded "
+                "with a cache that grows by one entry a token, which this model does not have"
+            )
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora is not None:
@@ -120,6 +126,10 @@ class Policy(nn.Module):
             )
         except ValueError as error:
             raise UserError(f"policy.model_type={model_type}: {error}") from error
+        # Transformers keeps whatever it is given, so a misspelt key would go unread.
+        known = {**AutoConfig.for_model(model_type).to_dict(), **model_config.attribute_map}
+        if unread := sorted(set(config) - set(known)):
+            raise UserError(f"a model of policy.model_type={model_type} does not read {', '.join(unread)}")
         return cls(model=AutoModelForCausalLM.from_config(model_config), tokenizer=made, lora=lora)
 
     @property

@@ -33,9 +33,15 @@ class CompositeReward:
         self.rewards = dict(rewards)
         self.weights = {name: check_number(f"reward.weights.{name}", weights[name]) for name in rewards}
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> dict[str, Tensor]:
         return {
-            name: self.weights[name] * total(score(reward, prompts, completions, columns))
+            name: self.weights[name] * total(score(reward, prompts, completions, columns, completion_ids))
             for name, reward in self.rewards.items()
         }
 

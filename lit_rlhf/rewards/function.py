@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from lit_rlhf.errors import UserError
@@ -24,6 +25,8 @@ class FunctionReward:
     def __init__(self, *, function: str) -> None:
         self._function = _load(function)
         self.name = function.rpartition(".")[2]
+        with suppress(TypeError, ValueError):  # some functions written in C have none
+            self.__signature__ = inspect.signature(self._function)  # says which arguments it asks for
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> Any:
         return self._function(prompts=prompts, completions=completions, **columns)

@@ -8,16 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lit_rlhf.errors import UserError
 
 Reward = Callable[..., Any]
-"""``reward(prompts, completions, **columns)`` -> B numbers, a Tensor (B,), or a dict of named ones. May be async."""
+"""``reward(prompts, completions, **columns)`` -> B numbers, a Tensor (B,), or a dict of named ones. May be async.
+
+A reward that names the argument ``completion_ids`` gets each completion's token ids, a list of lists; it may return one
+number per token, as a list of lists of these lengths or as a Tensor (B, T).
+"""
 
 
 def score(
-    reward: Reward, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    reward: Reward,
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+    completion_ids: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
     """Calls ``reward`` on B completions and returns its components, each (B,) or (B, T) in fp32 on the CPU.
 
@@ -25,10 +34,11 @@ def score(
     ``CompositeReward`` for weights).
 
     Raises:
-        UserError: another number of scores than completions, something that is no number, NaN or infinity. The first
-            bad sample is named, and nothing is learned from the batch.
+        UserError: another number of scores than completions or tokens, something that is no number, NaN or infinity.
+            The first bad sample is named, and nothing is learned from the batch.
     """
-    result = reward(prompts=list(prompts), completions=list(completions), **columns)
+    tokens = {"completion_ids": completion_ids} if takes(reward, "completion_ids") else {}
+    result = reward(prompts=list(prompts), completions=list(completions), **columns, **tokens)
     if inspect.isawaitable(result):
         # In a thread of its own, because a notebook's event loop is running in this one.
         with ThreadPoolExecutor(1) as thread:
@@ -36,7 +46,10 @@ def score(
     named = result if isinstance(result, Mapping) else {reward_name(reward): result}
     if not named:
         raise UserError(f"reward '{reward_name(reward)}' returned no components")
-    return {str(name): _checked(str(name), values, prompts, completions) for name, values in named.items()}
+    return {
+        str(name): _checked(str(name), _padded(str(name), values, completion_ids), prompts, completions)
+        for name, values in named.items()
+    }
 
 
 def total(components: Mapping[str, Tensor]) -> Tensor:
@@ -50,8 +63,29 @@ def reward_name(reward: Reward) -> str:
     return name if isinstance(name, str) else type(reward).__name__
 
 
+def takes(reward: Reward, name: str) -> bool:
+    """Whether a reward's signature names the argument ``name``."""
+    try:
+        return name in inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward).parameters
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return False
+
+
 async def _wait(result: Any) -> Any:
     return await result
+
+
+def _padded(name: str, values: Any, completion_ids: Sequence[Sequence[int]] | None) -> Any:
+    """Token rewards as a list of lists, of each completion's own length, to a Tensor (B, T); anything else as it is."""
+    if completion_ids is None or not isinstance(values, Sequence) or len(values) != len(completion_ids):
+        return values
+    if not any(isinstance(row, list | tuple) for row in values):
+        return values
+    for number, (row, ids) in enumerate(zip(values, completion_ids, strict=True)):
+        if not isinstance(row, list | tuple) or len(row) != len(ids):
+            found = f"{len(row)} token rewards" if isinstance(row, list | tuple) else repr(row)
+            raise UserError(f"reward '{name}' returned {found} for sample {number}, which has {len(ids)} tokens")
+    return pad_sequence([torch.tensor(row, dtype=torch.float32) for row in values], batch_first=True)
 
 
 def _checked(name: str, values: Any, prompts: Sequence[Any], completions: Sequence[str]) -> Tensor:

@@ -22,8 +22,6 @@ DATA = [float(x) for x in range(1, 24)]  # 23 numbers: 6 batches of 4, the last 
 class Line(OfflineAlgorithm):
     """Fits w to numbers x: loss = mean (w x / 10 - 1)^2 over the positive ones. Dropout makes it random."""
 
-    stage = "line"
-
     def __init__(self, dropout: float = 0.0, **common: Any) -> None:
         super().__init__(optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01), **common)
         self.w = nn.Parameter(torch.ones(4))

@@ -288,6 +288,13 @@ def test_a_checkpoint_of_another_configuration_names_the_keys(folder):
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()} == before
 
 
+def test_a_new_run_does_not_overwrite_what_another_one_learned(folder):
+    assert start().code == 0
+    before = {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()}
+    refused(start("seed=1"), "holds another run's checkpoints/last.ckpt", "ckpt_path=auto", "paths.output_dir=")
+    assert {file: file.read_bytes() for file in before} == before
+
+
 def test_a_finished_run_continues_to_more_iterations(folder):
     assert start().code == 0
     assert start("ckpt_path=auto", "trainer.max_epochs=2").code == 0

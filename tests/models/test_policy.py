@@ -93,3 +93,14 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_of_sequence():
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
     assert Policy(model=tiny_model(), tokenizer=tokenizer).tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "rwkv"])
+def test_a_model_without_a_key_value_cache_is_refused(model_type):
+    with pytest.raises(UserError, match="recurrent state instead of a key-value cache"):
+        Policy.from_config(tokenizer="bytes", model_type=model_type, hidden_size=16, num_hidden_layers=2)
+
+
+def test_a_key_that_the_model_config_does_not_read_is_refused():
+    with pytest.raises(UserError, match=r"policy\.model_type=gpt2 does not read hiden_size"):
+        Policy.from_config(tokenizer="bytes", model_type="gpt2", hidden_size=16, hiden_size=32, n_layer=1, n_head=2)

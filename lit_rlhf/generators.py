@@ -1,0 +1,47 @@
+"""The global random generators, which users' own code draws from: datasets that shuffle, rewards that sample."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def get_generators() -> tuple[Any, ...]:
+    """The states of torch's (CPU, and CUDA's where it is in use), numpy's and Python's global generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda
+
+
+def set_generators(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+    if states[3] is not None:
+        torch.cuda.set_rng_state_all(states[3])
+
+
+def seed_generators(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, the global generators start from ``seed``; outside they go on as if nothing had happened.
+
+    >>> with seeded(7):
+    ...     first = torch.rand(1)
+    >>> with seeded(7):
+    ...     bool(torch.rand(1) == first)
+    True
+    """
+    outside = get_generators()
+    seed_generators(seed)
+    try:
+        yield
+    finally:
+        set_generators(outside)

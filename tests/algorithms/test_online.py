@@ -1,0 +1,267 @@
+"""What every online algorithm does with prompts, rewards and validation, shown with PPO on tiny models."""
+
+import copy
+import math
+import random
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from ppo_runs import fit, make
+from tiny import LORA, Prompts, letters, tiny_model, tiny_policy
+from torch.utils.data import DataLoader
+
+from lit_rlhf.algorithms import PPO
+from lit_rlhf.errors import UserError
+from lit_rlhf.kl import AdaptiveKL, FixedKL
+from lit_rlhf.metrics import lookup
+from lit_rlhf.models import Policy
+from lit_rlhf.models.policy import byte_tokenizer
+from lit_rlhf.rewards.shaping import ScoreShaper
+from lit_rlhf.rollout.sampler import Sampler
+
+
+def rows_module(rows, batch_size=4):
+    class Module(L.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(rows, batch_size=batch_size, collate_fn=lambda r: {k: [x[k] for x in r] for k in r[0]})
+
+    return Module()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "fine"}, {"prompt": "  "}], "prompt 1 of the batch has no tokens"),
+        ([{"prompt": "x" * 200}], "200 tokens; with sampler.max_new_tokens=6 it does not fit the policy's context"),
+        ([{"question": "a"}], "neither 'prompt' nor 'input_ids'"),
+        ([{"prompt": [{"role": "user", "content": "hi"}]}], "no chat template"),
+        ([{"prompt": 3}], "a prompt is a text or a list of messages"),
+    ],
+)
+def test_bad_prompts_are_refused_by_name(trainer, rows, message):
+    with pytest.raises(UserError, match=message):
+        fit(trainer, make(), data=rows_module(rows))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda completions, **_: [1.0] * (len(completions) - 1), "7 scores .* for 8 completions"),
+        (lambda completions, **_: [float("nan")] + [1.0] * 7, "nan for sample 0"),
+        (lambda completions, **_: [1.0] * 5 + [float("inf")] * 3, "inf for sample 5"),
+        (lambda completions, **_: [None] * 8, "None for sample 0"),
+        (lambda completions, **_: 1.0, "must return one number per completion"),
+        (lambda completions, **_: {"a": [1.0] * 8, "b": [1.0] * 9}, "'b' returned 9 scores"),
+    ],
+)
+def test_a_bad_reward_stops_the_run_before_anything_is_learned(trainer, reward, message):
+    policy = tiny_policy()
+    before = copy.deepcopy(policy.state_dict())
+    with pytest.raises(UserError, match=message):
+        fit(trainer, make(policy, reward=reward))
+    assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
+
+
+def test_rewards_see_prompts_completions_and_columns(trainer):
+    seen = {}
+
+    def reward(prompts, completions, **columns):
+        seen.update(prompts=prompts, completions=completions, columns=columns)
+        return {"first": [1.0] * len(prompts), "second": torch.full((len(prompts),), 2.0)}
+
+    watch = fit(trainer, make(reward=reward), max_epochs=1)
+    assert [Prompts.texts[i] for i in seen["columns"]["number"]] == seen["prompts"]
+    assert watch.rows[0]["objective/scores"] == 3.0
+    assert watch.rows[0]["reward/second"] == 2.0
+    assert watch.samples[0]["components"] == {"first": 1.0, "second": 2.0}
+
+
+def test_async_rewards_are_awaited(trainer):
+    async def reward(prompts, **_):
+        return [0.5] * len(prompts)
+
+    assert fit(trainer, make(reward=reward), max_epochs=1).rows[0]["objective/scores"] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["function", "network"])
+def test_a_reward_that_asks_for_token_ids_may_score_every_token(trainer, kind):
+    def per_token(completions, completion_ids, **_):
+        assert len(completions) == len(completion_ids)
+        return [[float(token) for token in ids] for ids in completion_ids]
+
+    class Network(torch.nn.Module):
+        def forward(self, completions, completion_ids, **_):
+            return per_token(completions, completion_ids)
+
+    recorded = {}
+
+    class Recorded(PPO):
+        def advantages(self, rewards, rollout, values):
+            recorded.update(rewards=rewards, rollout=rollout)
+            return super().advantages(rewards, rollout, values)
+
+    reward = per_token if kind == "function" else Network()
+    ppo = Recorded(policy=tiny_policy(spread=0.15), reward=reward, kl=FixedKL(coef=0.0), rollout_batch_size=8,
+                   sampler=Sampler(max_new_tokens=8, stop_tokens=range(2, 60)), minibatch_size=4, seed=1)  # fmt: skip
+    fit(trainer, ppo, max_epochs=1)
+    rollout = recorded["rollout"]
+    assert len(set(rollout.lengths.tolist())) > 2
+    assert torch.equal(recorded["rewards"], torch.where(rollout.response_mask, rollout.response_ids, 0).float())
+
+
+def test_token_rewards_of_the_wrong_length_name_the_sample(trainer):
+    def reward(completion_ids, **_):
+        return [[0.0] * (len(ids) + (number == 3)) for number, ids in enumerate(completion_ids)]
+
+    with pytest.raises(UserError, match=r"'reward' returned \d token rewards for sample 3, which has \d tokens"):
+        fit(trainer, make(reward=reward))
+
+
+def test_a_reward_that_draws_random_numbers_draws_the_same_ones_for_the_same_seed(trainer):
+    def noisy(prompts, **_):
+        return [float(torch.rand(1)) + np.random.rand() + random.random() for _ in prompts]
+
+    def scores(seed, disturb):
+        ppo = make(reward=noisy, seed=seed)
+        torch.manual_seed(disturb)
+        np.random.seed(disturb)
+        random.seed(disturb)
+        return [row["objective/scores"] for row in fit(trainer, ppo).rows]
+
+    first = scores(3, disturb=1)
+    assert first == scores(3, disturb=2)
+    assert first != scores(4, disturb=1)
+    assert first[0] != first[1]
+
+
+def test_tokenised_prompts_are_taken_as_they_are(trainer):
+    class Tokens(L.LightningDataModule):
+        def train_dataloader(self):
+            ids = torch.tensor([[0, 0, 70, 71], [72, 73, 74, 75]] * 2)
+            return [{"input_ids": ids, "attention_mask": (ids != 0).long(), "label": [1, 2, 3, 4]}]
+
+    watch = fit(trainer, make(), data=Tokens(), max_epochs=1)
+    widths = {tuple(row[m].tolist()) for b in watch.batches for row, m in zip(b.prompt_ids, b.prompt_mask, strict=True)}
+    assert widths == {(70, 71), (72, 73, 74, 75)}
+
+
+def test_chats_go_through_the_template(trainer):
+    policy = tiny_policy()
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    rows = [{"prompt": [{"role": "user", "content": "hi"}]}] * 4
+    watch = fit(trainer, make(policy), data=rows_module(rows), max_epochs=1)
+    batch = watch.batches[0]
+    assert policy.tokenizer.decode(batch.prompt_ids[0][batch.prompt_mask[0]]) == "<user>hi<bot>"
+    assert watch.samples[0]["prompt"] == "user: hi"
+
+
+def test_a_loader_given_straight_to_fit_works(trainer):
+    loop = trainer(max_epochs=1)
+    ppo = make()
+    loop.fit(ppo, DataLoader([{"prompt": t} for t in Prompts.texts], batch_size=3))
+    assert ppo.iteration == 1
+
+
+def test_a_sampler_that_cuts_the_distribution_validates_but_does_not_train(trainer):
+    for sampler in (Sampler(max_new_tokens=4, top_k=5), Sampler(max_new_tokens=4, temperature=0.0)):
+        ppo = make(sampler=sampler)
+        loop = trainer(max_epochs=1)
+        loop.validate(ppo, datamodule=Prompts(validation=True), verbose=False)
+        assert math.isfinite(ppo.last_row["val/objective/kl"])
+        with pytest.raises(UserError, match=r"top_k|temperature"):
+            loop.fit(ppo, datamodule=Prompts())
+
+
+def test_a_network_as_reward_is_neither_trained_nor_saved(trainer, tmp_path):
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def forward(self, completions, **_):
+            assert not self.training
+            return self.layer(torch.tensor([[float(len(text))] for text in completions])).squeeze(-1)
+
+    network = Network()
+    ppo = make(reward=network)
+    fit(trainer, ppo)
+    ppo.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert all(not parameter.requires_grad for parameter in network.parameters())
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert all(name.startswith(("policy.", "critic.")) for name in [*saved, *dict(ppo.named_parameters())])
+
+
+def test_padding_of_token_rewards_counts_nowhere(trainer):
+    recorded = {}
+
+    class Recorded(PPO):
+        def advantages(self, rewards, rollout, values):
+            recorded.update(rewards=rewards, mask=rollout.response_mask)
+            return super().advantages(rewards, rollout, values)
+
+    def dense(completions, **_):
+        return torch.ones(len(completions), 8)
+
+    ppo = Recorded(policy=tiny_policy(spread=0.15), reward=dense, kl=FixedKL(coef=0.0), scores=ScoreShaper(scale=0.5),
+                   sampler=Sampler(max_new_tokens=8, stop_tokens=range(2, 60)), rollout_batch_size=8, minibatch_size=4,
+                   seed=1)  # fmt: skip
+    watch = fit(trainer, ppo, max_epochs=1)
+    assert not recorded["mask"].all()
+    assert torch.equal(recorded["rewards"], recorded["mask"].float())
+    assert watch.rows[0]["objective/scores"] == pytest.approx(watch.rows[0]["rollout/response_length"])
+
+
+def test_a_second_fit_goes_on_with_new_episodes(trainer):
+    ppo = make(lr=0.0)
+    first = fit(trainer, ppo, max_epochs=1).samples
+    second = fit(trainer, ppo, max_epochs=1).samples
+    assert [s["completion"] for s in first] != [s["completion"] for s in second]
+    assert ppo.iteration == 2
+
+
+def test_validation_metrics_do_not_depend_on_the_batches(trainer):
+    rows = []
+    for size in (2, 4):
+        ppo = make(tiny_policy(spread=0.15), sampler=Sampler(max_new_tokens=8, stop_tokens=range(2, 60)))
+        loader = DataLoader([{"prompt": text} for text in Prompts.texts], batch_size=size)
+        trainer().validate(ppo, loader, verbose=False)
+        rows.append({k: v for k, v in ppo.last_row.items() if k.startswith("val/")})
+    assert rows[0] == pytest.approx(rows[1], abs=1e-5)
+    assert rows[0]["val/objective/scores_std"] > 0
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"},
+        {"init_lora_weights": False}, {"target_modules": ["embed_tokens"]}, {"target_modules": ["lm_head"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lora_settings_that_break_the_reference_or_the_decoder_are_refused(lora):
+    with pytest.raises(UserError, match=r"policy\.lora"):
+        tiny_policy(lora={**LORA, **lora})
+
+
+def test_gradient_checkpointing_is_active_and_changes_nothing(trainer):
+    def weights(checkpointing):
+        policy = Policy(model=tiny_model(), tokenizer=byte_tokenizer(), gradient_checkpointing=checkpointing)
+        watch = fit(trainer, make(policy, lr=0.5))
+        assert watch.rows[0]["rollout/logprob_gap"] < 1e-5
+        assert policy.model.training
+        return torch.cat([p.flatten() for p in policy.parameters()])
+
+    torch.testing.assert_close(weights(True), weights(False), atol=1e-5, rtol=1e-4)
+
+
+def test_every_logged_name_is_in_the_metrics_table(trainer):
+    ppo = make(gold=letters, kl=AdaptiveKL(init_coef=0.1, target=1.0, horizon=100))
+    watch = fit(trainer, ppo, data=Prompts(validation=True))
+    for row in watch.rows:
+        for name, value in row.items():
+            lookup(name)
+            assert isinstance(value, (int, float))
