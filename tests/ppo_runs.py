@@ -14,11 +14,13 @@ def sgd(lr):
 
 
 def make(policy=None, *, lr=0.05, steps=6, sampler=None, **changes):
-    settings = {"reward": letters, "rollout_batch_size": 8, "minibatch_size": 4, "ppo_epochs": 2, "seed": 3}
+    settings = {
+        "reward": letters, "rollout_batch_size": 8, "minibatch_size": 4, "ppo_epochs": 2, "seed": 3,
+        "optimizer": sgd(lr),
+    }  # fmt: skip
     return PPO(
         policy=policy or tiny_policy(),
         sampler=sampler or Sampler(max_new_tokens=steps),
-        optimizer=sgd(lr),
         **{**settings, **changes},
     )
 

@@ -265,3 +265,18 @@ def test_every_logged_name_is_in_the_metrics_table(trainer):
         for name, value in row.items():
             lookup(name)
             assert isinstance(value, (int, float))
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_clipped_before_a_fused_optimiser_steps_in_mixed_precision(trainer, algorithm):
+    seen = []
+
+    class Spy(L.Callback):
+        def on_before_zero_grad(self, _trainer, module, _optimizer):
+            seen.extend(p.grad.clone() for p in module.parameters() if p.grad is not None)
+
+    ppo = make(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True))
+    fit(trainer, ppo, max_steps=1, precision="bf16-mixed", gradient_clip_val=1e-3, gradient_clip_algorithm=algorithm,
+        callbacks=[Spy()])  # fmt: skip
+    found = torch.nn.utils.get_total_norm(seen) if algorithm == "norm" else max(g.abs().max() for g in seen)
+    assert float(found) == pytest.approx(1e-3, rel=1e-3)

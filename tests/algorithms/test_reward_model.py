@@ -14,7 +14,7 @@ from lit_rlhf.algorithms import RewardModel
 from lit_rlhf.errors import UserError
 from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.metrics import lookup
-from lit_rlhf.models.policy import byte_tokenizer, disable_dropout
+from lit_rlhf.models.policy import byte_tokenizer
 from lit_rlhf.rewards import ModelReward
 
 CHOSEN = ["very good", "fine", "a long and winding good road", "oh"]
@@ -119,7 +119,6 @@ def test_gradient_does_not_depend_on_the_micro_batch_split(trainer, tmp_path):
 
     for batch_size, accumulate in ((4, 1), (3, 2), (1, 4)):
         model = RewardModel(model_path=folder, max_length=64, optimizer=adam())
-        disable_dropout(model)
         settings = {"max_epochs": 1, "accumulate_grad_batches": accumulate}
         trainer(callbacks=[Spy()], **settings).fit(model, loader(PAIRS, batch_size))
     assert len(gradients) == 3
@@ -161,11 +160,22 @@ def test_validation_accuracy_is_the_share_of_all_pairs(trainer, tmp_path):
     assert float(fit.callback_metrics["val/reward_model/accuracy"]) == pytest.approx(3 / 4)
 
 
+def test_dropout_is_active_in_training_only_where_asked_for(tmp_path):
+    folder = save_classifier(tmp_path)
+    for dropout in (False, True):
+        model = RewardModel(model_path=folder, max_length=64, dropout=dropout).train()
+        inputs = model.scorer.pad(model.scorer.tokenize(CHOSEN))
+        assert torch.equal(model.score(*inputs), model.score(*inputs)) is not dropout
+        model.export(tmp_path / "model")
+        exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+        assert exported.config.hidden_dropout_prob == 0.1  # who trains it further decides anew
+
+
 def test_a_resumed_run_is_the_same_run_with_dropout(trainer, tmp_path):
     folder = save_classifier(tmp_path / "start")
 
     def run(place, ckpt=None):
-        model = RewardModel(model_path=folder, max_length=64, optimizer=adam(), log_every_n_steps=1)
+        model = RewardModel(model_path=folder, max_length=64, dropout=True, optimizer=adam(), log_every_n_steps=1)
         save = ModelCheckpoint(dirpath=place, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         fit = trainer(max_epochs=2, callbacks=[save], enable_checkpointing=True, logger=CSVLogger(save_dir=place))
         fit.fit(model, loader(PAIRS, shuffle=True), ckpt_path=ckpt)
