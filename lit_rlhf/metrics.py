@@ -30,7 +30,8 @@ _TABLE: dict[str, tuple[str, str, Direction]] = {
     "objective/entropy": ("-log policy(token), summed over tokens, mean over completions", "nats", None),
     "objective/non_score_reward": ("KL penalty of a completion: minus kl_coef times its KL", "reward", None),
     "objective/rlhf_reward": ("scores + non_score_reward: what PPO maximises", "reward", "higher"),
-    "reward/<component>": ("mean of one component as the reward gave it (a composite's: weighted)", "reward", "higher"),
+    "reward/<component>/weighted": ("the same times its weight in the total, where it has one", "reward", "higher"),
+    "reward/<component>": ("mean of one component as its reward gave it", "reward", "higher"),
     "gold/<component>": ("mean value of a judge that the policy never trains on", "gold score", "higher"),
     # rollout
     "rollout/response_length": ("mean length of a completion", "tokens", None),

@@ -18,12 +18,12 @@ SHAPES = {
 }  # fmt: skip
 
 
-def save_classifier(folder, model_type="bert", *, labels=1, names=None, pad=True, spread=0.3, head=True):
+def save_classifier(folder, model_type="bert", *, labels=1, names=None, pad=True, spread=0.3, head=True, seed=0):
     """Saves a random classifier and a byte tokenizer; returns the folder as a str.
 
     ``pad=False`` leaves out the pad token; ``head=False`` saves the backbone alone.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     tokenizer.padding_side = "right"
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

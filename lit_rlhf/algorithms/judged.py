@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.batch import PromptBatch, Rollout
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import masked_mean
-from lit_rlhf.rewards.scoring import total
+from lit_rlhf.rewards.scoring import Scores
 
 
 class Anchors(NamedTuple):
@@ -26,8 +26,8 @@ class Judged(NamedTuple):
     prompts: PromptBatch
     rollout: Rollout
     completions: list[str]
-    components: dict[str, Tensor]
-    gold: dict[str, Tensor]
+    scores: Scores
+    gold: Scores
     anchors: Anchors
     kl: Tensor  # (B, T), 0 where the mask is False
 
@@ -53,12 +53,16 @@ def cat_judged(parts: list[Judged]) -> Judged:
         wide = widest + extra
         return torch.cat([x if x.ndim == 1 else nn.functional.pad(x, (0, wide - x.shape[1])) for x in tensors])
 
+    def cat_scores(scores: list[Scores]) -> Scores:
+        components = {name: cat([x.components[name] for x in scores]) for name in scores[0].components}
+        return Scores(components, scores[0].weights)
+
     return Judged(
         PromptBatch.cat([part.prompts for part in parts]),
         Rollout.cat([part.rollout for part in parts]),
         [text for part in parts for text in part.completions],
-        {name: cat([part.components[name] for part in parts]) for name in parts[0].components},
-        {name: cat([part.gold[name] for part in parts]) for name in parts[0].gold},
+        cat_scores([part.scores for part in parts]),
+        cat_scores([part.gold for part in parts]),
         Anchors(
             cat([part.anchors.logprobs for part in parts]),
             cat([part.anchors.ref_logprobs for part in parts]),
@@ -71,7 +75,7 @@ def cat_judged(parts: list[Judged]) -> Judged:
 def describe(judged: Judged, coef: float) -> dict[str, float]:
     """The metrics of a rollout; every mean over tokens is taken with the response mask."""
     rollout, anchors, mask = judged.rollout, judged.anchors, judged.rollout.response_mask
-    scores = total(judged.components)
+    scores = judged.scores.total
     kl = judged.kl.sum(-1)
     lengths = rollout.lengths.float()
     metrics = {
@@ -89,18 +93,20 @@ def describe(judged: Judged, coef: float) -> dict[str, float]:
         "rollout/truncated_rate": (~rollout.finished).float().mean(),
         "rollout/logprob_gap": masked_mean((rollout.logprobs - anchors.logprobs).abs(), mask),
     }
-    for prefix, components in (("reward", judged.components), ("gold", judged.gold)):
-        for name, values in components.items():
-            metrics[f"{prefix}/{name}"] = total({name: values}).mean()
+    for prefix, judge in (("reward", judged.scores), ("gold", judged.gold)):
+        for name, values in judge.components.items():
+            metrics[f"{prefix}/{name}"] = per_completion(values).mean()
+            if name in judge.weights:
+                metrics[f"{prefix}/{name}/weighted"] = judge.weight(name) * metrics[f"{prefix}/{name}"]
     return {name: float(value) for name, value in metrics.items()}
 
 
 def sample_rows(judged: Judged, iteration: int, split: str) -> list[dict[str, Any]]:
     """One JSON-ready dict per completion, as in ``samples.jsonl``."""
-    scores, kl, lengths = total(judged.components), judged.kl.sum(-1), judged.rollout.lengths
+    scores, kl, lengths = judged.scores.total, judged.kl.sum(-1), judged.rollout.lengths
     parts = {
-        key: {name: total({name: values}) for name, values in components.items()}
-        for key, components in (("components", judged.components), ("gold", judged.gold))
+        key: {name: per_completion(values) for name, values in judge.components.items()}
+        for key, judge in (("components", judged.scores), ("gold", judged.gold))
     }
     return [
         {
@@ -117,17 +123,23 @@ def sample_rows(judged: Judged, iteration: int, split: str) -> list[dict[str, An
     ]
 
 
-def mask_dense(name: str, values: Tensor, mask: Tensor) -> Tensor:
-    """Token rewards (B, T) with 0 where the mask is False; scores (B,) as they are.
+def per_completion(values: Tensor) -> Tensor:
+    """(B,): the scores of completions; those of tokens, (B, T), summed."""
+    return values.sum(-1) if values.ndim == 2 else values
+
+
+def mask_dense(scores: Scores, mask: Tensor) -> Scores:
+    """The same scores, with those of tokens (B, T) 0 where the mask is False.
 
     Raises:
         UserError: token rewards of another shape than the responses.
     """
-    if values.ndim == 1:
-        return values
-    if values.shape != mask.shape:
-        raise UserError(
-            f"reward '{name}' returned token rewards of shape {tuple(values.shape)}; the responses have "
-            f"{tuple(mask.shape)}"
-        )
-    return torch.where(mask, values, 0.0)
+    masked = {}
+    for name, values in scores.components.items():
+        if values.ndim == 2 and values.shape != mask.shape:
+            raise UserError(
+                f"reward '{name}' returned token rewards of shape {tuple(values.shape)}; the responses have "
+                f"{tuple(mask.shape)}"
+            )
+        masked[name] = torch.where(mask, values, 0.0) if values.ndim == 2 else values
+    return scores._replace(components=masked)

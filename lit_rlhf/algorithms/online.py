@@ -29,7 +29,7 @@ from lit_rlhf.generators import seeded
 from lit_rlhf.kl import FixedKL
 from lit_rlhf.models.policy import Policy, PolicyOutput, disable_dropout
 from lit_rlhf.models.reference import make_reference
-from lit_rlhf.rewards.scoring import Reward, score, total
+from lit_rlhf.rewards.scoring import Reward, Scores, freeze, require_columns, score
 from lit_rlhf.rewards.shaping import ScoreShaper, place_scores
 from lit_rlhf.rollout.loader import RolloutLoader, exact_div
 from lit_rlhf.rollout.philox import derive_seed
@@ -136,12 +136,11 @@ class OnlineAlgorithm(Algorithm):
         rollout, anchors, mask = judged.rollout, judged.anchors, judged.rollout.response_mask
         with self.phase("advantage"):
             coef = self.kl.coef
-            whole = {name: x for name, x in judged.components.items() if x.ndim == 1}
-            dense = [x for x in judged.components.values() if x.ndim == 2]
-            scores = total(whole) if whole else torch.zeros(len(mask))
-            rewards = place_scores(self.scores(scores, rollout.finished), mask)  # 4 shape
-            rewards = sum(dense, rewards) - coef * judged.kl
+            rewards = place_scores(self.scores(judged.scores.whole, rollout.finished), mask)  # 4 shape
+            rewards = rewards + judged.scores.dense - coef * judged.kl
             advantages, returns = self.advantages(rewards, rollout, anchors.values)  # 5 advantage
+        if hasattr(self.reward, "update"):
+            self.reward.update(judged.scores)
         self.tokens += int(mask.sum())
         self.pending.update(describe(judged, coef))
         self.pending["rollout/tokens_per_second"] = int(mask.sum()) / self.pending["time/rollout"]
@@ -167,23 +166,26 @@ class OnlineAlgorithm(Algorithm):
             max_new_tokens=self.sampler.max_new_tokens,
             context_length=self.policy.context_length,
         )
+        judges = {"reward": self.reward, "gold": self.gold} if self.gold is not None else {"reward": self.reward}
+        for key, judge in judges.items():
+            require_columns(key, judge, prompts.columns)
         with self.phase("rollout"):
             rollout = self.rollout(prompts, seed)
         completions = decode_completions(rollout, self.policy.tokenizer)
         ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
         # A reward that draws random numbers draws the same ones in a resumed run.
         with self.phase("score"), seeded(derive_seed(seed, _SCORE_STREAM, int(episodes[0]))):
-            components = score(self.reward, prompts.prompts, completions, prompts.columns, ids)
-            gold = score(self.gold, prompts.prompts, completions, prompts.columns, ids) if self.gold else {}
-            components, gold = (
-                {name: mask_dense(name, x, rollout.response_mask) for name, x in named.items()}
-                for named in (components, gold)
-            )
+            judged = {
+                key: score(judge, prompts.prompts, completions, prompts.columns, ids, self.policy.tokenizer)
+                for key, judge in judges.items()
+            }
         with self.phase("anchor"):
             anchors = self.anchor(rollout)
         kl = kl_estimate(anchors.logprobs, anchors.ref_logprobs, self.kl.estimator)
         kl = torch.where(rollout.response_mask, kl, 0.0)
-        return Judged(prompts, rollout, completions, components, gold, anchors, kl)
+        judged = {key: mask_dense(scores, rollout.response_mask) for key, scores in judged.items()}
+        gold = judged.get("gold", Scores({}, {}))
+        return Judged(prompts, rollout, completions, judged["reward"], gold, anchors, kl)
 
     def rollout(self, prompts: PromptBatch, seed: int) -> Rollout:
         """Stage 1, on the policy's device; the result is on the CPU."""
@@ -336,10 +338,7 @@ class OnlineAlgorithm(Algorithm):
         exact_div(self.minibatch_size, micro_batches, "algorithm.minibatch_size", "trainer.accumulate_grad_batches")
         self.reference = self.reference.to(self.trainer.strategy.root_device)
         for judge in (self.reward, self.gold):
-            if isinstance(judge, nn.Module):
-                judge.eval().requires_grad_(False)
-            if hasattr(judge, "to"):
-                judge.to(self.trainer.strategy.root_device)
+            freeze(judge, self.trainer.strategy.root_device)
         if stage == "fit":
             self.sampler.require_training()
             self.policy.train()  # without dropout that only lets gradient checkpointing work

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
-from lit_rlhf.rewards.scoring import Reward, score, total
+from lit_rlhf.rewards.group import RewardGroup
+from lit_rlhf.rewards.scoring import Reward
 
 
-class CompositeReward:
-    """Named rewards, each multiplied by its weight; the total is their sum.
+class CompositeReward(RewardGroup):
+    """Named rewards, each multiplied by its weight; the total is their sum. Each is logged raw and weighted.
 
     Args:
-        rewards: name -> reward. A reward that itself returns several components counts with their sum.
+        rewards: name -> reward. A reward that itself has several components counts with their total.
         weights: name -> weight, one for each reward; a negative weight is a penalty.
 
     Raises:
@@ -24,30 +25,32 @@ class CompositeReward:
     name = "composite"
 
     def __init__(self, *, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
-        if not rewards:
-            raise UserError("reward.rewards is empty: a composite reward needs at least one")
+        super().__init__(rewards)
         if unknown := set(weights) - set(rewards):
             raise UserError(f"reward.weights names {sorted(unknown)}, but the rewards are {sorted(rewards)}")
         if missing := set(rewards) - set(weights):
             raise UserError(f"reward.weights has no weight for {sorted(missing)}")
-        self.rewards = dict(rewards)
-        self.weights = {name: check_number(f"reward.weights.{name}", weights[name]) for name in rewards}
+        self._weights = {name: check_number(f"reward.weights.{name}", weights[name]) for name in rewards}
+        self.weights = dict(self._weights)
 
     def __call__(
         self,
         prompts: Sequence[Any],
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]] | None = None,
+        tokenizer: Any = None,
         **columns: Any,
     ) -> dict[str, Tensor]:
-        return {
-            name: self.weights[name] * total(score(reward, prompts, completions, columns, completion_ids))
-            for name, reward in self.rewards.items()
-        }
-
-    def to(self, device: Any) -> "CompositeReward":
-        """Moves the rewards that have weights of their own."""
-        for reward in self.rewards.values():
-            if hasattr(reward, "to"):
-                reward.to(device)
-        return self
+        columns = {"completion_ids": completion_ids, "tokenizer": tokenizer, **columns}
+        scored, parts = self.score_all(prompts, completions, columns)
+        self.weights = {**self._weights, **dict.fromkeys(parts, 0.0)}
+        components = {}
+        for name, scores in scored.items():
+            dense = [x for x in scores.components.values() if x.ndim == 2]
+            if len(dense) < len(scores.components):
+                components[name] = scores.whole
+            if dense:
+                # Only where a reward has both: what it says of tokens stays apart from what it says of the whole.
+                tokens = f"{name}/tokens" if name in components else name
+                components[tokens], self.weights[tokens] = scores.dense, self._weights[name]
+        return {**components, **parts}

@@ -5,20 +5,58 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 
 Reward = Callable[..., Any]
 """``reward(prompts, completions, **columns)`` -> B numbers, a Tensor (B,), or a dict of named ones. May be async.
 
-A reward that names the argument ``completion_ids`` gets each completion's token ids, a list of lists; it may return one
-number per token, as a list of lists of these lengths or as a Tensor (B, T).
+A reward that names the argument ``completion_ids`` gets each completion's token ids, a list of lists; one that names
+``tokenizer`` gets the policy's. It may return one number per token, as a list of lists of these lengths or as a
+Tensor (B, T).
 """
+
+
+class Scores(NamedTuple):
+    """What a reward says about B completions.
+
+    Attributes:
+        components: name -> raw scores, (B,), or (B, T) where every token has its own; fp32 on the CPU.
+        weights: what a component counts in the total; one that is not named counts 1.
+    """
+
+    components: dict[str, Tensor]
+    weights: dict[str, float]
+
+    def weight(self, name: str) -> float:
+        return self.weights.get(name, 1.0)
+
+    @property
+    def total(self) -> Tensor:
+        """(B,): the weighted sum of the components, those of single tokens summed over their completion."""
+        return self._sum({name: x.sum(-1) if x.ndim == 2 else x for name, x in self.components.items()})
+
+    @property
+    def whole(self) -> Tensor:
+        """(B,): the weighted sum of the components that score completions as a whole."""
+        return self._sum({name: x for name, x in self.components.items() if x.ndim == 1})
+
+    @property
+    def dense(self) -> Tensor | float:
+        """(B, T): the weighted sum of the components that score single tokens; 0 if there are none."""
+        parts = {name: x for name, x in self.components.items() if x.ndim == 2}
+        return self._sum(parts) if parts else 0.0
+
+    def _sum(self, parts: Mapping[str, Tensor]) -> Tensor:
+        if not parts:
+            return torch.zeros(len(next(iter(self.components.values()))))
+        return torch.stack([self.weight(name) * x for name, x in parts.items()]).sum(0)
 
 
 def score(
@@ -27,18 +65,20 @@ def score(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
     completion_ids: Sequence[Sequence[int]] | None = None,
-) -> dict[str, Tensor]:
-    """Calls ``reward`` on B completions and returns its components, each (B,) or (B, T) in fp32 on the CPU.
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Scores:
+    """Calls ``reward`` on B completions and checks what it says.
 
-    A reward that returns plain numbers has one component, named after it. Its total is the sum of the components (see
-    ``CompositeReward`` for weights).
+    A reward that returns plain numbers has one component, named after it. A reward with an attribute ``weights`` (name
+    -> number) says there, once it was called, what its components count in the total.
 
     Raises:
         UserError: another number of scores than completions or tokens, something that is no number, NaN or infinity.
             The first bad sample is named, and nothing is learned from the batch.
     """
-    tokens = {"completion_ids": completion_ids} if takes(reward, "completion_ids") else {}
-    result = reward(prompts=list(prompts), completions=list(completions), **columns, **tokens)
+    offered = {"completion_ids": completion_ids, "tokenizer": tokenizer}
+    asked_for = {name: value for name, value in offered.items() if name in _parameters(reward)}
+    result = reward(prompts=list(prompts), completions=list(completions), **columns, **asked_for)
     if inspect.isawaitable(result):
         # In a thread of its own, because a notebook's event loop is running in this one.
         with ThreadPoolExecutor(1) as thread:
@@ -46,15 +86,12 @@ def score(
     named = result if isinstance(result, Mapping) else {reward_name(reward): result}
     if not named:
         raise UserError(f"reward '{reward_name(reward)}' returned no components")
-    return {
+    components = {
         str(name): _checked(str(name), _padded(str(name), values, completion_ids), prompts, completions)
         for name, values in named.items()
     }
-
-
-def total(components: Mapping[str, Tensor]) -> Tensor:
-    """(B,): the sum of the components of each sample; dense components (B, T) are summed over their tokens."""
-    return torch.stack([c.sum(-1) if c.ndim == 2 else c for c in components.values()]).sum(0)
+    weights = getattr(reward, "weights", None)
+    return Scores(components, dict(weights) if isinstance(weights, Mapping) else {})
 
 
 def reward_name(reward: Reward) -> str:
@@ -63,12 +100,41 @@ def reward_name(reward: Reward) -> str:
     return name if isinstance(name, str) else type(reward).__name__
 
 
-def takes(reward: Reward, name: str) -> bool:
-    """Whether a reward's signature names the argument ``name``."""
+def _parameters(reward: Reward) -> Mapping[str, inspect.Parameter]:
     try:
-        return name in inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward).parameters
+        return inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward).parameters
     except (TypeError, ValueError):  # some callables written in C have no signature
-        return False
+        return {}
+
+
+def required_columns(reward: Reward) -> list[str]:
+    """The columns that a reward cannot do without: those in its ``columns``, and arguments without a default."""
+    named = list(getattr(reward, "columns", []))
+    given = {"prompts", "completions", "completion_ids", "tokenizer"}
+    return named + [
+        name
+        for name, parameter in _parameters(reward).items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and name not in given
+    ]
+
+
+def require_columns(key: str, reward: Reward, columns: Mapping[str, Any]) -> None:
+    """Raises UserError if the prompts lack a column that ``reward`` reads; ``key`` is "reward" or "gold"."""
+    if missing := sorted(set(required_columns(reward)) - set(columns)):
+        has = f"their columns are {', '.join(sorted(columns))}" if columns else "they have no columns"
+        raise UserError(
+            f"config key '{key}': {reward_name(reward)} reads the column '{missing[0]}' of the prompts, but {has}"
+        )
+
+
+def freeze(reward: Reward, device: torch.device | str) -> None:
+    """Moves a reward that has weights to ``device``; a network is also switched to evaluation and never trained."""
+    if isinstance(reward, nn.Module):
+        reward.eval().requires_grad_(False)
+    if hasattr(reward, "to"):
+        reward.to(device)
 
 
 async def _wait(result: Any) -> Any:

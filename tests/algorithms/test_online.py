@@ -18,7 +18,7 @@ from lit_rlhf.kl import AdaptiveKL, FixedKL
 from lit_rlhf.metrics import lookup
 from lit_rlhf.models import Policy
 from lit_rlhf.models.policy import byte_tokenizer
-from lit_rlhf.rewards.shaping import ScoreShaper
+from lit_rlhf.rewards import CompositeReward, ConstrainedReward, ScoreShaper
 from lit_rlhf.rollout.sampler import Sampler
 
 
@@ -76,6 +76,46 @@ def test_rewards_see_prompts_completions_and_columns(trainer):
     assert watch.rows[0]["objective/scores"] == 3.0
     assert watch.rows[0]["reward/second"] == 2.0
     assert watch.samples[0]["components"] == {"first": 1.0, "second": 2.0}
+
+
+def test_a_composite_is_logged_raw_and_weighted(trainer):
+    rewards = {"one": lambda completions, **_: [1.0] * len(completions), "letters": letters}
+    reward = CompositeReward(rewards=rewards, weights={"one": 3.0, "letters": -0.5})
+    watch = fit(trainer, make(reward=reward), max_epochs=1, data=Prompts(validation=True))
+    row = watch.rows[-1]
+    assert row["reward/one"] == 1.0
+    assert row["reward/one/weighted"] == 3.0
+    assert row["reward/letters/weighted"] == pytest.approx(-0.5 * row["reward/letters"])
+    assert row["objective/scores"] == pytest.approx(3.0 - 0.5 * row["reward/letters"])
+    assert row["val/objective/scores"] == pytest.approx(3.0 - 0.5 * row["val/reward/letters"])
+    sample = watch.samples[0]
+    assert sample["score"] == pytest.approx(3.0 - 0.5 * sample["components"]["letters"])
+
+
+def test_a_constraint_learns_from_training_alone_and_survives_a_resume(trainer, tmp_path):
+    def constrained():
+        return ConstrainedReward(objective=letters, constraint=lambda completions, **_: [0.0] * len(completions),
+                                 threshold=1.0, lr=0.5)  # fmt: skip
+
+    reward = constrained()
+    ppo = make(reward=reward)
+    watch = fit(trainer, ppo, data=Prompts(validation=True))
+    assert [row["reward/multiplier"] for row in watch.rows] == [0.0, 0.5]
+    assert reward.multiplier == 1.0
+    ppo.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = constrained()
+    rows = fit(trainer, make(reward=resumed), ckpt_path=tmp_path / "a.ckpt", max_epochs=3).rows
+    assert rows[-1]["reward/multiplier"] == 1.0
+
+
+@pytest.mark.parametrize("key", ["reward", "gold"])
+def test_a_column_that_the_prompts_lack_is_refused_before_any_rollout(trainer, key, monkeypatch):
+    def reward(prompts, completions, target, **_):
+        return target
+
+    monkeypatch.setattr(Sampler, "generate", lambda *_, **__: pytest.fail("rolled out"))
+    with pytest.raises(UserError, match=f"'{key}': reward reads the column 'target' .* columns are number"):
+        fit(trainer, make(**{"reward": letters, key: reward}))
 
 
 def test_async_rewards_are_awaited(trainer):
@@ -271,12 +311,13 @@ def test_every_logged_name_is_in_the_metrics_table(trainer):
 def test_gradients_are_clipped_before_a_fused_optimiser_steps_in_mixed_precision(trainer, algorithm):
     seen = []
 
-    class Spy(L.Callback):
-        def on_before_zero_grad(self, _trainer, module, _optimizer):
-            seen.extend(p.grad.clone() for p in module.parameters() if p.grad is not None)
+    class Spy(torch.optim.AdamW):
+        def step(self, closure):
+            closure()
+            seen.extend(p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None)
+            return super().step()
 
-    ppo = make(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True))
-    fit(trainer, ppo, max_steps=1, precision="bf16-mixed", gradient_clip_val=1e-3, gradient_clip_algorithm=algorithm,
-        callbacks=[Spy()])  # fmt: skip
+    ppo = make(optimizer=lambda parameters: Spy(parameters, lr=1e-3, fused=True))
+    fit(trainer, ppo, max_steps=1, precision="bf16-mixed", gradient_clip_val=1e-3, gradient_clip_algorithm=algorithm)
     found = torch.nn.utils.get_total_norm(seen) if algorithm == "norm" else max(g.abs().max() for g in seen)
     assert float(found) == pytest.approx(1e-3, rel=1e-3)

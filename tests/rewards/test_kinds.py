@@ -3,11 +3,20 @@
 import sys
 
 import pytest
-import torch
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.rewards import CompositeReward, FunctionReward, KeywordReward, LengthReward, VaderReward
-from lit_rlhf.rewards.scoring import score, total
+from lit_rlhf.rewards import (
+    DistinctReward,
+    FunctionReward,
+    JsonReward,
+    KeywordReward,
+    LengthReward,
+    RegexReward,
+    RepetitionPenalty,
+    VaderReward,
+    VerifierReward,
+)
+from lit_rlhf.rewards.scoring import required_columns, score
 
 
 def call(reward, completions, prompts=None, **columns):
@@ -95,11 +104,12 @@ class TestFunction:
     def test_it_gets_prompts_completions_and_columns(self):
         reward = FunctionReward(function="my_rewards.style.shouting")
         assert call(reward, ["ABc", "d"], number=[10, 20]) == [12, 20]
-        assert list(score(reward, ["", ""], ["a", "B"], {"number": [0, 0]})) == ["shouting"]
+        assert list(score(reward, ["", ""], ["a", "B"], {"number": [0, 0]}).components) == ["shouting"]
+        assert required_columns(reward) == ["number"]
 
     @pytest.mark.usefixtures("module")
     def test_it_may_be_async_and_have_components(self):
-        components = score(FunctionReward(function="my_rewards.style.later"), ["", ""], ["a", "b"], {})
+        components = score(FunctionReward(function="my_rewards.style.later"), ["", ""], ["a", "b"], {}).components
         assert {name: values.tolist() for name, values in components.items()} == {"first": [1, 1], "second": [2, 2]}
 
     @pytest.mark.usefixtures("module")
@@ -121,53 +131,68 @@ class TestFunction:
             FunctionReward(function=name)
 
 
-def ones(prompts, completions, **columns):
-    return [1.0] * len(completions)
+class TestRegex:
+    def test_it_is_found_anywhere_or_must_match_the_whole(self):
+        texts = ["Yes, 42.", "42", " 42 ", "no\n42", ""]
+        assert call(RegexReward(pattern=r"\d+"), texts) == [1, 1, 1, 1, 0]
+        assert call(RegexReward(pattern=r"\d+", whole=True), texts) == [0, 1, 1, 0, 0]
+        assert call(RegexReward(pattern=r"^no.42$"), texts) == [0, 0, 0, 1, 0]
+
+    @pytest.mark.parametrize(("pattern", "message"), [("", "empty"), ("(", "is no regular expression")])
+    def test_a_bad_pattern_is_refused(self, pattern, message):
+        with pytest.raises(UserError, match=rf"reward\.pattern.*{message}"):
+            RegexReward(pattern=pattern)
 
 
-def lengths(prompts, completions, **columns):
-    return torch.tensor([len(text) for text in completions])
+class TestJson:
+    def test_one_value_and_nothing_around_it(self):
+        texts = ['{"a": 1}', " [1, 2]\n", "3", "{'a': 1}", '{"a": 1} ok', "", "NaN", "[" * 100_000]
+        assert call(JsonReward(), texts) == [1, 1, 1, 0, 0, 0, 0, 0]
+
+    def test_required_keys_must_be_there_all_or_in_part(self):
+        texts = ['{"a": 1, "b": null, "c": 2}', '{"a": 1}', '["a", "b"]', "{}"]
+        assert call(JsonReward(required_keys=["a", "b"]), texts) == [1, 0, 0, 0]
+        assert call(JsonReward(required_keys=["a", "b"], partial=True), texts) == [1, 0.5, 0, 0]
+
+    @pytest.mark.parametrize("bad", [{"partial": True}, {"required_keys": "name"}])
+    def test_settings_without_sense_are_refused(self, bad):
+        with pytest.raises(UserError, match=r"reward\.required_keys"):
+            JsonReward(**bad)
 
 
-class TestComposite:
-    def test_components_are_weighted_and_sum_to_the_total(self):
-        reward = CompositeReward(rewards={"a": ones, "b": lengths}, weights={"a": 2.0, "b": -0.5})
-        components = score(reward, ["", ""], ["xy", ""], {})
-        assert {name: values.tolist() for name, values in components.items()} == {"a": [2.0, 2.0], "b": [-1.0, 0.0]}
-        assert total(components).tolist() == [1.0, 2.0]
+class TestVerifier:
+    def test_the_last_number_must_equal_the_columns_exactly(self):
+        texts = ["7 + 5 = 12", "The answer is 1,200.", "0.30000000000000004", "-3", "twelve", "12 or 13", "+.5", "8-3"]
+        answers = [12, "1200.0", 0.3, -3, 12, 12, "0.50", 3]
+        assert call(VerifierReward(), texts, answer=answers) == [1, 1, 0, 1, 0, 0, 1, 1]
 
-    def test_columns_and_async_rewards_are_passed_on(self):
-        async def column(prompts, completions, wanted):
-            return wanted
+    def test_a_pattern_says_where_the_answer_is(self):
+        reward = VerifierReward(column="right", pattern=r"Answer: (\S+)")
+        texts = ["Answer: 4, not 5", "Answer: 5. Answer: 4", "4", "Answer: four"]
+        assert call(reward, texts, right=[4] * 4) == [1, 1, 0, 0]
+        assert reward.columns == ["right"]
 
-        reward = CompositeReward(rewards={"a": column}, weights={"a": 3})
-        assert score(reward, [""], ["x"], {"wanted": [5.0]})["a"].tolist() == [15.0]
+    def test_bad_patterns_and_answers_are_refused(self):
+        for pattern in ("(", "no group", "(two) (groups)"):
+            with pytest.raises(UserError, match=r"reward\.pattern"):
+                VerifierReward(pattern=pattern)
+        with pytest.raises(UserError, match=r"reward\.column=answer: the answer 'a dozen' of sample 1 is no number"):
+            call(VerifierReward(), ["1", "2"], answer=[1, "a dozen"])
 
-    @pytest.mark.parametrize(
-        ("rewards", "weights", "message"),
-        [
-            ({}, {}, "reward.rewards is empty"),
-            ({"a": ones}, {"a": 1, "b": 1}, r"reward.weights names \['b'\], but the rewards are \['a'\]"),
-            ({"a": ones, "b": ones}, {"a": 1}, r"reward.weights has no weight for \['b'\]"),
-            ({"a": ones}, {"a": float("nan")}, r"reward.weights.a must be a finite number"),
-        ],
-    )
-    def test_names_and_weights_must_match(self, rewards, weights, message):
-        with pytest.raises(UserError, match=message):
-            CompositeReward(rewards=rewards, weights=weights)
 
-    def test_a_bad_score_names_the_sample(self):
-        reward = CompositeReward(rewards={"a": lambda prompts, completions: [1.0, None]}, weights={"a": 1})
-        with pytest.raises(UserError, match="sample 1"):
-            score(reward, ["p", "q"], ["x", "y"], {})
+class TestRepetition:
+    def test_distinct_n_is_the_share_of_different_ngrams(self):
+        texts = ["a b a b", "A a a", "one two three", "one", ""]
+        assert call(DistinctReward(n=1), texts) == pytest.approx([0.5, 1 / 3, 1, 1, 1])
+        assert call(DistinctReward(n=2), texts) == pytest.approx([2 / 3, 0.5, 1, 1, 1])
 
-    def test_to_moves_the_rewards_that_can_move(self):
-        class Movable:
-            device = "cpu"
+    def test_every_repeated_ngram_costs_the_penalty(self):
+        texts = ["a b a b a", "x " * 6, "one two three", ""]
+        assert call(RepetitionPenalty(n=2, penalty=0.5), texts) == [-1.0, -2.0, 0.0, 0.0]
 
-            def to(self, device):
-                self.device = device
-
-        movable = Movable()
-        CompositeReward(rewards={"a": ones, "b": movable}, weights={"a": 1, "b": 1}).to("meta")
-        assert movable.device == "meta"
+    @pytest.mark.parametrize("make", [DistinctReward, RepetitionPenalty])
+    def test_sizes_out_of_range_are_refused(self, make):
+        with pytest.raises(UserError, match=r"reward\.n must be a whole number of at least 1"):
+            make(n=0)
+        with pytest.raises(UserError, match=r"reward\.penalty"):
+            RepetitionPenalty(penalty=0)

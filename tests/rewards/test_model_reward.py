@@ -121,4 +121,4 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 def test_it_has_one_component_named_model(tmp_path):
     reward = ModelReward(path=save_classifier(tmp_path))
-    assert list(score(reward, PROMPTS, COMPLETIONS, {"extra": [1, 2, 3, 4]})) == ["model"]
+    assert list(score(reward, PROMPTS, COMPLETIONS, {"extra": [1, 2, 3, 4]}).components) == ["model"]

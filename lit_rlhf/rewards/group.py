@@ -1,0 +1,78 @@
+"""Several named rewards that are called together: what composite, ensemble and constraint share."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.rewards.scoring import Reward, Scores, freeze, required_columns, score
+
+
+class RewardGroup:
+    """Named rewards; a subclass says in ``weights``, after each call, what every component counts.
+
+    Of a reward that itself has several components each is logged, as ``name/part``.
+
+    Args:
+        rewards: name -> reward.
+
+    Raises:
+        UserError: no rewards.
+    """
+
+    weights: dict[str, float]
+
+    def __init__(self, rewards: Mapping[str, Reward]) -> None:
+        if not rewards:
+            raise UserError(f"reward.rewards is empty: {type(self).__name__} needs at least one")
+        self.rewards = dict(rewards)
+
+    @property
+    def columns(self) -> list[str]:
+        return sorted({column for reward in self.rewards.values() for column in required_columns(reward)})
+
+    def score_all(
+        self, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Any]
+    ) -> tuple[dict[str, Scores], dict[str, Tensor]]:
+        """Every reward's scores, and the parts (raw, as ``name/part``) of those that have several."""
+        tokens = {name: columns[name] for name in ("completion_ids", "tokenizer") if name in columns}
+        others = {name: values for name, values in columns.items() if name not in tokens}
+        scored = {
+            name: score(reward, prompts, completions, others, **tokens) for name, reward in self.rewards.items()
+        }
+        parts = {
+            f"{name}/{part}": values
+            for name, scores in scored.items()
+            if len(scores.components) > 1
+            for part, values in scores.components.items()
+        }
+        return scored, parts
+
+    def update(self, scores: Scores) -> None:
+        """Passes what was scored in training on to the rewards that learn from it."""
+        for name, reward in self.rewards.items():
+            if hasattr(reward, "update"):
+                prefix = f"{name}/"
+                own = {key.removeprefix(prefix): x for key, x in scores.components.items() if key.startswith(prefix)}
+                reward.update(Scores(own or {name: scores.components[name]}, {}))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: reward.state_dict() for name, reward in self._stateful().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, reward in self._stateful().items():
+            reward.load_state_dict(state[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        return {
+            name: reward
+            for name, reward in self.rewards.items()
+            if hasattr(reward, "load_state_dict") and not isinstance(reward, nn.Module)
+        }
+
+    def to(self, device: Any) -> "RewardGroup":
+        """Moves the rewards that have weights of their own."""
+        for reward in self.rewards.values():
+            freeze(reward, device)
+        return self
