@@ -1,17 +1,14 @@
-"""Prompts written into a config."""
+"""Prompts written into a config, and what a prompt must be."""
 
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
-
-from lit_rlhf.data.base import require_positive
+from lit_rlhf.data.base import PromptsData
 from lit_rlhf.errors import UserError
 
 Message = dict[str, str]
 
 
-class ListPrompts(LightningDataModule):
+class ListPrompts(PromptsData):
     """A list of prompts, as texts or as chats. Batches: `prompt`, a list, and a list for each other column.
 
     Validation and test serve the same prompts in the order given.
@@ -39,13 +36,13 @@ class ListPrompts(LightningDataModule):
         columns: dict[str, list[Any]] | None = None,
         shuffle: bool = True,
     ) -> None:
-        super().__init__()
-        require_positive(batch_size=batch_size)
+        super().__init__(batch_size=batch_size, shuffle=shuffle)
         if not isinstance(prompts, list) or not prompts:
             raise UserError(f"prompts={prompts!r}: must be a list of at least one prompt")
         kind = type(prompts[0])
         for number, prompt in enumerate(prompts):
-            _check_prompt(prompt, number)
+            if problem := prompt_problem(prompt):
+                raise UserError(f"prompt {number} {problem}")
             if type(prompt) is not kind:
                 raise UserError(f"prompt {number} is a {type(prompt).__name__}, prompt 0 a {kind.__name__}")
         for name, column in (columns or {}).items():
@@ -53,35 +50,22 @@ class ListPrompts(LightningDataModule):
                 raise UserError("a column cannot be called 'prompt'")
             if len(column) != len(prompts):
                 raise UserError(f"the column {name!r} has {len(column)} entries for {len(prompts)} prompts")
-        self.batch_size = batch_size
-        self.shuffle = shuffle
         table = {"prompt": prompts, **(columns or {})}
-        self.rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
-
-    def train_dataloader(self) -> DataLoader:
-        return self._loader(shuffle=self.shuffle)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._loader(shuffle=False)
-
-    def test_dataloader(self) -> DataLoader:
-        return self._loader(shuffle=False)
-
-    def _loader(self, *, shuffle: bool) -> DataLoader:
-        return DataLoader(self.rows, batch_size=self.batch_size, shuffle=shuffle, collate_fn=_lists)
+        self.train_rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+        self.held_out_rows = self.train_rows
 
 
-def _lists(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in rows[0]}
+def prompt_problem(prompt: Any) -> str | None:
+    """What keeps ``prompt`` from being a text or a chat, as the end of a sentence; None if it is one.
 
-
-def _check_prompt(prompt: Any, number: int) -> None:
+    >>> prompt_problem("2 + 2 ="), prompt_problem(" "), prompt_problem([{"role": "user"}])
+    (None, 'is empty', "has a message without role and content: {'role': 'user'}")
+    """
     if isinstance(prompt, str):
-        if not prompt.strip():
-            raise UserError(f"prompt {number} is empty")
-    elif not isinstance(prompt, list) or not prompt:
-        raise UserError(f"prompt {number} is neither a text nor a list of messages: {prompt!r}")
-    else:
-        for message in prompt:
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                raise UserError(f"prompt {number} has a message without role and content: {message!r}")
+        return None if prompt.strip() else "is empty"
+    if not isinstance(prompt, list) or not prompt:
+        return f"is neither a text nor a list of messages: {prompt!r}"
+    for message in prompt:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            return f"has a message without role and content: {message!r}"
+    return None if any(message["content"].strip() for message in prompt) else "is empty"

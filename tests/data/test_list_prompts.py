@@ -45,7 +45,7 @@ def test_without_shuffling_and_in_evaluation_the_order_is_the_given_one():
         ({"prompts": ["a", [{"role": "user", "content": "b"}]]}, "prompt 1 is a list, prompt 0 a str"),
         ({"prompts": ["a", "b"], "columns": {"answer": [1]}}, "column 'answer' has 1 entries for 2 prompts"),
         ({"prompts": ["a"], "columns": {"prompt": ["b"]}}, "cannot be called 'prompt'"),
-        ({"prompts": ["a"], "batch_size": 0}, "batch_size=0"),
+        ({"prompts": ["a"], "batch_size": 0}, "data.batch_size must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments, message):
