@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_rlhf.config import command, refuse_unknown
 from lit_rlhf.errors import UserError
 from lit_rlhf.run_folder import CONFIG, SAMPLES, replace_file
-from lit_rlhf.train import build
+from lit_rlhf.train import build, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if not run.algorithm.online:
         raise UserError(f"run={folder} is a {stored.task_name} run; eval takes one that completes prompts, such as PPO")
     output.mkdir(parents=True, exist_ok=True)
-    path = None if checkpoint is None else str(checkpoint)
+    path = None if checkpoint is None else read_checkpoint(checkpoint)[0]
     run.trainer.validate(run.algorithm, datamodule=run.datamodule, ckpt_path=path, verbose=False)
     metrics = {name: value for name, value in run.algorithm.last_row.items() if name.startswith("val/")}
     if not metrics:
@@ -54,6 +54,10 @@ def _run_config(folder: Path) -> DictConfig:
         stored: Any = OmegaConf.load(folder / CONFIG)
     except FileNotFoundError:
         raise UserError(f"run={folder} is no run folder: it has no {CONFIG}") from None
+    except Exception as error:  # of YAML or OmegaConf
+        raise UserError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
+    if missing := {"algorithm", "data", "trainer", "paths", "seed"} - set(stored):
+        raise UserError(f"{folder / CONFIG} is not the config of a run: it has no '{min(missing)}'")
     stored.pop("precision_used", None)
     return stored
 

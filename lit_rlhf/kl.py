@@ -1,29 +1,59 @@
-"""KL controllers: how strongly the policy is held to its reference, by which estimate of the KL."""
+"""The penalty on the KL to the reference: how much it counts, by which estimate, and where it is charged."""
 
 import math
 
 from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import KL_ESTIMATORS
+
+#: Where a penalty is charged, and the estimates that are right there.
+PLACES = {
+    "reward": ("k1", "k2", "k3", "abs", "full"),
+    "loss": ("k2", "k3", "k3_st", "full"),
+}
+_UNFIT = {
+    "k1": "its gradient has mean zero",
+    "abs": "its gradient is no KL's",
+    "k3_st": "it differs from k3 in its gradient alone",
+}
 
 
-class FixedKL:
-    """A constant coefficient.
+class KLPenalty:
+    """What all penalties share.
 
     Args:
-        coef: weight of the KL, >= 0, in reward per nat.
-        estimator: "k1", "k2", "k3" or "abs" (``functional.kl_estimate``).
+        estimator: an estimate of the KL per token: "k1", "k2", "k3", "abs" or, in the loss, "k3_st"
+            (``functional.kl_estimate``); or "full", the exact sum over the vocabulary (``functional.full_kl``), which
+            keeps the logits of a minibatch and its reference in memory.
+        place: "reward" takes ``coef * KL`` from each token's reward (stage 4; InstructGPT). "loss" adds the mean of
+            ``coef * KL`` over tokens to the loss (stage 7; GRPO, arXiv:2402.03300, eq. 3). There k1 is refused, whose
+            gradient has mean zero, and abs, whose gradient is no KL's.
+        budget: once an iteration's KL per completion exceeds this, in nats, the run stops after it; None never stops.
 
     Raises:
-        UserError: ``coef`` is negative or not finite, or the estimator is unknown.
+        UserError: an unknown place, an estimator that is unknown or wrong there, or a budget that is not positive.
     """
 
-    def __init__(self, *, coef: float = 0.05, estimator: str = "k1"):
-        self.coef = check_number("kl.coef", coef, at_least=0)
-        self.estimator = _known(estimator)
+    coef: float
+
+    def __init__(self, *, estimator: str = "k1", place: str = "reward", budget: float | None = None) -> None:
+        if place not in PLACES:
+            raise UserError(f"kl.place must be one of {', '.join(PLACES)}, got {place!r}")
+        if estimator not in PLACES[place]:
+            why = f" ({_UNFIT[estimator]})" if estimator in _UNFIT else ""
+            raise UserError(
+                f"kl.estimator={estimator!r} cannot be used with kl.place={place}{why}; choose one of "
+                f"{', '.join(PLACES[place])}"
+            )
+        self.estimator = estimator
+        self.in_loss = place == "loss"
+        self.budget = None if budget is None else check_number("kl.budget", budget, above=0)
+
+    def at(self, progress: float) -> float:  # noqa: ARG002 - only a schedule reads it
+        """The coefficient at ``progress``, the share of the run that is done."""
+        return self.coef
 
     def update(self, kl: float, episodes: int) -> None:
-        """Does nothing: the coefficient stays."""
+        """Called after each iteration with its mean KL per episode, in nats, and its number of episodes."""
 
     def state_dict(self) -> dict[str, float]:
         return {}
@@ -32,14 +62,66 @@ class FixedKL:
         """Nothing to load: on resume the config's coefficient holds."""
 
 
-class NoKL(FixedKL):
-    """No penalty. The KL is still measured, with k1."""
+class FixedKL(KLPenalty):
+    """A constant coefficient.
 
-    def __init__(self) -> None:
-        super().__init__(coef=0.0)
+    Args:
+        coef: weight of the KL, >= 0, in reward (or loss) per nat.
+        estimator, place, budget: see ``KLPenalty``.
+
+    Raises:
+        UserError: ``coef`` is negative or not finite; or as in ``KLPenalty``.
+    """
+
+    def __init__(
+        self, *, coef: float = 0.05, estimator: str = "k1", place: str = "reward", budget: float | None = None
+    ) -> None:
+        super().__init__(estimator=estimator, place=place, budget=budget)
+        self.coef = check_number("kl.coef", coef, at_least=0)
 
 
-class AdaptiveKL:
+class NoKL(KLPenalty):
+    """No penalty. The KL is still measured, and the budget still holds."""
+
+    coef = 0.0
+
+    def __init__(self, *, estimator: str = "k1", budget: float | None = None) -> None:
+        super().__init__(estimator=estimator, budget=budget)
+
+
+class LinearKL(KLPenalty):
+    """A coefficient that goes in a straight line from the start to the end of the run.
+
+    Args:
+        start: the coefficient at progress 0, >= 0, in reward per nat.
+        end: the coefficient at progress 1, >= 0.
+        estimator, place, budget: see ``KLPenalty``.
+
+    Raises:
+        UserError: a coefficient is negative or not finite; or as in ``KLPenalty``.
+
+    >>> LinearKL(start=0.2, end=0.1).at(progress=0.5)
+    0.15000000000000002
+    """
+
+    def __init__(
+        self,
+        *,
+        start: float,
+        end: float,
+        estimator: str = "k1",
+        place: str = "reward",
+        budget: float | None = None,
+    ) -> None:
+        super().__init__(estimator=estimator, place=place, budget=budget)
+        self.start = check_number("kl.start", start, at_least=0)
+        self.end = check_number("kl.end", end, at_least=0)
+
+    def at(self, progress: float) -> float:
+        return self.start + (self.end - self.start) * progress
+
+
+class AdaptiveKL(KLPenalty):
     """A coefficient that follows a target KL (Ziegler et al., arXiv:1909.08593, section 2.2).
 
     After each iteration of ``n`` episodes: ``e = clip(KL / target - 1, -0.2, 0.2)`` and
@@ -49,10 +131,10 @@ class AdaptiveKL:
         init_coef: the first coefficient, > 0 (from 0 it could never grow), in reward per nat.
         target: KL per episode to hold, > 0, in nats.
         horizon: episodes in which the coefficient changes by the factor that ``e`` says, > 0.
-        estimator: "k1", "k2", "k3" or "abs" (``functional.kl_estimate``).
+        estimator, place, budget: see ``KLPenalty``.
 
     Raises:
-        UserError: a number is out of its range or not finite, or the estimator is unknown.
+        UserError: a number is out of its range or not finite; or as in ``KLPenalty``.
 
     >>> kl = AdaptiveKL(init_coef=0.2, target=6.0, horizon=10_000)
     >>> kl.update(kl=60.0, episodes=1_000)  # far above the target: 2 % up
@@ -67,11 +149,13 @@ class AdaptiveKL:
         target: float = 6.0,
         horizon: float = 10_000,
         estimator: str = "k1",
-    ):
+        place: str = "reward",
+        budget: float | None = None,
+    ) -> None:
+        super().__init__(estimator=estimator, place=place, budget=budget)
         self.coef = check_number("kl.init_coef", init_coef, above=0)
         self.target = check_number("kl.target", target, above=0)
         self.horizon = check_number("kl.horizon", horizon, above=0)
-        self.estimator = _known(estimator)
 
     def update(self, kl: float, episodes: int) -> None:
         """Move the coefficient after an iteration.
@@ -99,9 +183,3 @@ class AdaptiveKL:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.coef = state["coef"]
-
-
-def _known(estimator: str) -> str:
-    if estimator not in KL_ESTIMATORS:
-        raise UserError(f"kl.estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}")
-    return estimator

@@ -2,6 +2,11 @@
 
 import ctypes
 import platform
+import re
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -32,3 +37,18 @@ def best_precision() -> str:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     capabilities = torch.cpu.get_capabilities()
     return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
+
+
+def reset_peak_memory() -> None:
+    """Lets ``peak_memory_gb`` count from now on, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gb() -> float:
+    """The largest resident memory of this process since ``reset_peak_memory``, in units of 1e9 bytes."""
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return round(int(found[1]) * 1024 / 1e9, 3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,9 +35,10 @@ def complete(policy: Policy, prompts: Sequence[str], sampler: Sampler, seed: int
 @command("sample")
 def main(config: DictConfig) -> None:
     refuse_unknown(config, {"task_name", "seed", "policies", "prompts", "sampler", "paths"})
-    names, prompts = list(OmegaConf.to_object(config.policies)), list(OmegaConf.to_object(config.prompts))
-    if not names or not prompts:
-        raise UserError(f"policies={names} and prompts={prompts}: sample needs at least one of each")
+    for key in ("policies", "prompts"):
+        if not isinstance(config[key], ListConfig) or not config[key]:
+            raise UserError(f"{key}={config[key]} must be a list of at least one, such as {key}='[one, two]'")
+    names, prompts = list(map(str, config.policies)), list(map(str, config.prompts))
     sampler = instantiate(config.sampler, "sampler")
     columns = [complete(Policy.from_pretrained(path=name), prompts, sampler, config.seed) for name in names]
     table = Table("prompt", *names, show_lines=True)

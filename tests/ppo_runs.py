@@ -29,7 +29,7 @@ class Watch(L.Callback):
     """Keeps rows, samples and experience."""
 
     def __init__(self):
-        self.rows, self.samples, self.batches = [], [], []
+        self.rows, self.samples, self.batches, self.logits = [], [], [], []
 
     def on_row(self, _trainer, _module, row):
         self.rows.append(row)
@@ -37,8 +37,10 @@ class Watch(L.Callback):
     def on_samples(self, _trainer, _module, _iteration, rows):
         self.samples += rows
 
-    def on_train_batch_start(self, _trainer, _module, batch, _index):
+    def on_train_batch_start(self, _trainer, module, batch, _index):
         self.batches.append(batch)
+        with torch.no_grad():
+            self.logits.append(module.policy(*tokens_of(batch), keep_logits=True).logits)
 
 
 def fit(trainer, ppo, *, data=None, ckpt_path=None, **settings):

@@ -4,10 +4,10 @@ import struct
 import pytest
 import torch
 
-from lit_rlhf.clip import AsymmetricClip, ClipBounds, SymmetricClip
-from lit_rlhf.entropy import ConstantEntropy, LinearEntropy, NoEntropy
+from lit_rlhf.clip import AdaptiveKLPenalty, AsymmetricClip, ClipBounds, DualClip, LinearClip, NoClip, SymmetricClip
+from lit_rlhf.entropy import ConstantEntropy, LinearEntropy, NoEntropy, TargetEntropy
 from lit_rlhf.errors import UserError
-from lit_rlhf.kl import AdaptiveKL, FixedKL, NoKL
+from lit_rlhf.kl import AdaptiveKL, FixedKL, LinearKL, NoKL
 
 NAN, INF = math.nan, math.inf
 
@@ -91,8 +91,15 @@ def test_a_kl_that_is_no_number_never_reaches_the_coefficient(measured):
         (lambda: FixedKL(coef=INF), r"kl\.coef .*finite.*got inf"),
         (lambda: FixedKL(coef="0.1"), r"kl\.coef .*got '0\.1'"),
         (lambda: FixedKL(coef=True), r"kl\.coef .*got True"),
-        (lambda: FixedKL(estimator="k4"), r"kl\.estimator .*k1, k2, k3, abs, got 'k4'"),
-        (lambda: AdaptiveKL(estimator="K1"), r"kl\.estimator .*got 'K1'"),
+        (lambda: FixedKL(estimator="k4"), r"kl\.estimator='k4' .*k1, k2, k3, abs, full"),
+        (lambda: AdaptiveKL(estimator="K1"), r"kl\.estimator='K1'"),
+        (lambda: FixedKL(place="loss"), r"kl\.estimator='k1' .*kl.place=loss .*mean zero.*one of k2, k3, k3_st, full"),
+        (lambda: LinearKL(start=1, end=0, place="loss", estimator="abs"), r"kl\.estimator='abs' .*no KL's"),
+        (lambda: FixedKL(estimator="k3_st"), r"kl\.estimator='k3_st' .*kl.place=reward .*in its gradient alone"),
+        (lambda: FixedKL(place="both"), r"kl\.place must be one of reward, loss, got 'both'"),
+        (lambda: NoKL(budget=0), r"kl\.budget .*above 0, got 0"),
+        (lambda: LinearKL(start=-1, end=0), r"kl\.start .*at least 0, got -1"),
+        (lambda: LinearKL(start=0, end=NAN), r"kl\.end .*got nan"),
         (lambda: AdaptiveKL(target=0), r"kl\.target .*above 0, got 0"),
         (lambda: AdaptiveKL(target=-6.0), r"kl\.target .*got -6\.0"),
         (lambda: AdaptiveKL(horizon=0), r"kl\.horizon .*above 0, got 0"),
@@ -105,6 +112,11 @@ def test_a_kl_that_is_no_number_never_reaches_the_coefficient(measured):
 def test_impossible_kl_settings_are_refused_with_their_value(build, message):
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_a_linear_coefficient_runs_from_start_to_end():
+    kl = LinearKL(start=0.2, end=0.0)
+    assert [kl.at(p) for p in (0.0, 0.25, 1.0)] == pytest.approx([0.2, 0.15, 0.0])
 
 
 # ---- clip ranges ---------------------------------------------------------------------------------------------
@@ -134,6 +146,13 @@ def test_bounds_cannot_be_changed_behind_the_loss():
         (lambda: AsymmetricClip(high=-0.1), r"clip\.high .*above 0, got -0\.1"),
         (lambda: AsymmetricClip(high=INF), r"clip\.high .*finite.*got inf"),
         (lambda: AsymmetricClip(value_range=-1), r"clip\.value_range .*got -1"),
+        (lambda: LinearClip(start=1.0), r"clip\.start .*below 1, got 1\.0"),
+        (lambda: LinearClip(end=-0.1), r"clip\.end .*at least 0 and below 1, got -0\.1"),
+        (lambda: DualClip(range=1.0), r"clip\.range .*got 1\.0"),
+        (lambda: DualClip(dual=1.0), r"clip\.dual .*above 1, got 1\.0"),
+        (lambda: NoClip(value_range=0), r"clip\.value_range .*got 0"),
+        (lambda: AdaptiveKLPenalty(target=0), r"clip\.target .*above 0, got 0"),
+        (lambda: AdaptiveKLPenalty(init_weight=-1), r"clip\.init_weight .*above 0, got -1"),
     ],
 )
 def test_impossible_clip_ranges_are_refused_with_their_value(build, message):
@@ -143,6 +162,26 @@ def test_impossible_clip_ranges_are_refused_with_their_value(build, message):
 
 def test_the_upper_bound_may_exceed_one():
     assert AsymmetricClip(low=0.2, high=3.0).at(0.0).high == 3.0
+
+
+def test_the_other_clips_have_the_bounds_that_their_names_say():
+    assert LinearClip(start=0.3, end=0.1, value_range=None).at(0.25).high == pytest.approx(0.25)
+    assert LinearClip(start=0.2, end=0.0).at(1.0) == ClipBounds(low=0.0, high=0.0, value=0.2)
+    assert DualClip(range=0.1, dual=2.5).at(0.0) == ClipBounds(low=0.1, high=0.1, value=0.2, dual=2.5)
+    assert NoClip().at(0.0) == ClipBounds(low=None, high=None, value=None)
+
+
+def test_the_penalty_on_the_update_halves_and_doubles_around_its_target():
+    # Schulman et al., section 4: d < target / 1.5 halves, d > 1.5 target doubles, between them it stays
+    clip = AdaptiveKLPenalty(target=0.03, init_weight=1.0)
+    for measured, weight in ((0.019, 0.5), (0.021, 0.5), (0.044, 0.5), (0.046, 1.0), (9.0, 2.0)):
+        clip.update(measured)
+        assert clip.at(0.0).penalty == weight
+    resumed = AdaptiveKLPenalty(target=0.03)
+    resumed.load_state_dict(clip.state_dict())
+    assert resumed.at(0.0).penalty == 2.0
+    with pytest.raises(UserError, match="KL of the last updates is nan"):
+        clip.update(NAN)
 
 
 # ---- entropy -------------------------------------------------------------------------------------------------
@@ -171,8 +210,28 @@ def test_linear_entropy_does_not_go_on_beyond_its_ends(progress):
         (lambda: ConstantEntropy(coef=-0.01), r"entropy\.coef .*at least 0, got -0\.01"),
         (lambda: LinearEntropy(start=-1, end=0), r"entropy\.start .*got -1"),
         (lambda: LinearEntropy(start=0, end=NAN), r"entropy\.end .*got nan"),
+        (lambda: ConstantEntropy(top_k=1), r"entropy\.top_k .*at least 2, got 1"),
+        (lambda: TargetEntropy(target=0), r"entropy\.target .*above 0, got 0"),
+        (lambda: TargetEntropy(target=1, init_coef=0), r"entropy\.init_coef .*above 0, got 0"),
+        (lambda: TargetEntropy(target=1, lr=-1), r"entropy\.lr .*got -1"),
+        (lambda: TargetEntropy(target=1, max_coef=0), r"entropy\.max_coef .*got 0"),
     ],
 )
 def test_impossible_entropy_weights_are_refused_with_their_value(build, message):
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_a_target_entropy_moves_the_logarithm_of_its_weight_by_the_difference():
+    entropy = TargetEntropy(target=2.0, init_coef=0.01, lr=0.5, max_coef=0.05)
+    entropy.update(1.0)
+    assert entropy.at(0.0) == pytest.approx(0.01 * math.exp(0.5))
+    entropy.update(4.0)
+    assert entropy.at(0.0) == pytest.approx(0.01 * math.exp(-0.5))
+    resumed = TargetEntropy(target=2.0)
+    resumed.load_state_dict(entropy.state_dict())
+    assert resumed.at(0.0) == entropy.at(0.0)
+    entropy.update(-100.0)
+    assert entropy.at(0.0) == 0.05
+    with pytest.raises(UserError, match="measured entropy is nan"):
+        entropy.update(NAN)

@@ -48,6 +48,21 @@ class RunningMean:
         return means
 
 
+def require_plain(what: str, state: Any) -> None:
+    """Raises UserError if a state holds something that a checkpoint cannot give back: only plain types and tensors."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            require_plain(f"{what}[{key!r}]", value)
+    elif isinstance(state, list | tuple):
+        for number, value in enumerate(state):
+            require_plain(f"{what}[{number}]", value)
+    elif type(state) not in (bool, int, float, str, type(None)) and not isinstance(state, Tensor):
+        raise UserError(
+            f"{what} is a {type(state).__module__}.{type(state).__name__}; a checkpoint holds numbers, texts, lists, "
+            "dicts and tensors alone"
+        )
+
+
 class Algorithm(L.LightningModule):
     """A LightningModule with an optimiser from a factory, rows of metrics, and checkpoints of what trains.
 
@@ -115,7 +130,18 @@ class Algorithm(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.means.add({"optim/grad_norm": torch.nn.utils.get_total_norm(gradients)}, 1.0)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # else overflow is part of the method
+            self.require_finite("gradient", norm)
+        self.means.add({"optim/grad_norm": norm}, 1.0)
+
+    def require_finite(self, what: str, value: Tensor) -> None:
+        """Raises UserError, before anything is learned from it, if a loss or gradient is NaN or infinite."""
+        if not torch.isfinite(value):
+            raise UserError(
+                f"the {what} of optimiser step {self.trainer.global_step + 1} is {float(value)}; the weights are those "
+                "before that step. A smaller learning rate (optimizer.lr) or trainer.precision=32-true may help"
+            )
 
     def configure_gradient_clipping(
         self,

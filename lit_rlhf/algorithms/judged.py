@@ -13,10 +13,11 @@ from lit_rlhf.rewards.scoring import Scores
 
 
 class Anchors(NamedTuple):
-    """Stage 3: what the frozen models say about a rollout, all (B, T) on the CPU; values (B, T + 1) or None."""
+    """Stage 3: what the frozen models say about a rollout, on the CPU: (B, T), but values (B, T + 1) or None."""
 
     logprobs: Tensor
     ref_logprobs: Tensor
+    kl: Tensor  # to the reference, 0 where the mask is False
     values: Tensor | None
 
 
@@ -29,7 +30,6 @@ class Judged(NamedTuple):
     scores: Scores
     gold: Scores
     anchors: Anchors
-    kl: Tensor  # (B, T), 0 where the mask is False
 
 
 def decode_completions(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -66,27 +66,31 @@ def cat_judged(parts: list[Judged]) -> Judged:
         Anchors(
             cat([part.anchors.logprobs for part in parts]),
             cat([part.anchors.ref_logprobs for part in parts]),
+            cat([part.anchors.kl for part in parts]),
             None if parts[0].anchors.values is None else cat([part.anchors.values for part in parts], extra=1),
         ),
-        cat([part.kl for part in parts]),
     )
 
 
-def describe(judged: Judged, coef: float) -> dict[str, float]:
-    """The metrics of a rollout; every mean over tokens is taken with the response mask."""
+def describe(judged: Judged, coef: float, *, charged: bool = True) -> dict[str, float]:
+    """The metrics of a rollout; every mean over tokens is taken with the response mask.
+
+    ``charged`` says whether the rewards pay for the KL, ``coef`` a nat; in the loss it is no part of them.
+    """
     rollout, anchors, mask = judged.rollout, judged.anchors, judged.rollout.response_mask
     scores = judged.scores.total
-    kl = judged.kl.sum(-1)
+    kl = anchors.kl.sum(-1)
+    penalty = coef * kl.mean() if charged else torch.zeros(())
     lengths = rollout.lengths.float()
     metrics = {
         "objective/kl": kl.mean(),
-        "objective/kl_per_token": masked_mean(judged.kl, mask),
+        "objective/kl_per_token": masked_mean(anchors.kl, mask),
         "objective/kl_coef": coef,
         "objective/entropy": torch.where(mask, -anchors.logprobs, 0.0).sum(-1).mean(),
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(correction=0),
-        "objective/non_score_reward": -coef * kl.mean(),
-        "objective/rlhf_reward": scores.mean() - coef * kl.mean(),
+        "objective/non_score_reward": -penalty,
+        "objective/rlhf_reward": scores.mean() - penalty,
         "rollout/response_length": lengths.mean(),
         "rollout/prompt_length": rollout.prompt_mask.sum(-1).float().mean(),
         "rollout/eos_rate": rollout.finished.float().mean(),
@@ -103,7 +107,7 @@ def describe(judged: Judged, coef: float) -> dict[str, float]:
 
 def sample_rows(judged: Judged, iteration: int, split: str) -> list[dict[str, Any]]:
     """One JSON-ready dict per completion, as in ``samples.jsonl``."""
-    scores, kl, lengths = judged.scores.total, judged.kl.sum(-1), judged.rollout.lengths
+    scores, kl, lengths = judged.scores.total, judged.anchors.kl.sum(-1), judged.rollout.lengths
     parts = {
         key: {name: per_completion(values) for name, values in judge.components.items()}
         for key, judge in (("components", judged.scores), ("gold", judged.gold))

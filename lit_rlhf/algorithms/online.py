@@ -1,6 +1,7 @@
 """The base of every algorithm that learns from its own completions: stages 1 to 4 and 6, and what Lightning needs."""
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.algorithms.base import Algorithm, require_plain
 from lit_rlhf.algorithms.judged import (
     Anchors,
     Judged,
@@ -20,13 +21,14 @@ from lit_rlhf.algorithms.judged import (
     sample_rows,
 )
 from lit_rlhf.batch import Experience, PromptBatch, Rollout
-from lit_rlhf.checks import check_int
+from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.data.passes import SeededPasses
 from lit_rlhf.data.tokenize import PromptRows, Row, split_rows, tokenize_prompts
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import kl_estimate
+from lit_rlhf.functional import full_kl, kl_estimate, masked_mean
+from lit_rlhf.functional.masked import zero_masked
 from lit_rlhf.generators import seeded
-from lit_rlhf.kl import FixedKL
+from lit_rlhf.kl import FixedKL, KLPenalty
 from lit_rlhf.models.policy import Policy, PolicyOutput, disable_dropout
 from lit_rlhf.models.reference import make_reference
 from lit_rlhf.rewards.scoring import Reward, Scores, freeze, require_columns, score
@@ -34,6 +36,8 @@ from lit_rlhf.rewards.shaping import ScoreShaper, place_scores
 from lit_rlhf.rollout.loader import RolloutLoader, exact_div
 from lit_rlhf.rollout.philox import derive_seed
 from lit_rlhf.rollout.sampler import Sampler
+
+log = logging.getLogger(__name__)
 
 CriticFactory = Callable[[Policy], nn.Module]
 # Keep the random numbers of validation and of rewards apart from those of training.
@@ -50,7 +54,7 @@ class OnlineAlgorithm(Algorithm):
         reward: ``reward(prompts, completions, **columns)``, see ``rewards/scoring.py``.
         gold: a second reward that is only measured, never learned from.
         critic: makes the critic from the policy; None for algorithms without one.
-        kl: the KL coefficient and its estimator; a fixed 0.05 by default.
+        kl: the penalty on the KL to the reference; a fixed coefficient of 0.05 by default.
         sampler: how completions are drawn.
         scores: what a score goes through before it becomes a token reward.
         rollout_batch_size: completions of one iteration.
@@ -73,7 +77,7 @@ class OnlineAlgorithm(Algorithm):
         reward: Reward,
         gold: Reward | None = None,
         critic: CriticFactory | None = None,
-        kl: FixedKL | Any = None,
+        kl: KLPenalty | None = None,
         sampler: Sampler | None = None,
         scores: ScoreShaper | None = None,
         rollout_batch_size: int = 32,
@@ -84,8 +88,8 @@ class OnlineAlgorithm(Algorithm):
     ) -> None:
         super().__init__(**common)
         self.sampler = sampler or Sampler()
-        if target_kl is not None and not target_kl > 0:
-            raise UserError(f"algorithm.target_kl must be positive or null, got {target_kl}")
+        if not callable(reward):
+            raise UserError(f"config key 'reward' is {reward!r}: an online algorithm needs a reward to learn from")
         check_int("algorithm.ppo_epochs", epochs, at_least=1)
         check_int("algorithm.rollout_batch_size", rollout_batch_size, at_least=1)
         check_int("algorithm.minibatch_size", minibatch_size, at_least=1)
@@ -100,11 +104,12 @@ class OnlineAlgorithm(Algorithm):
         object.__setattr__(self, "gold", gold)
         self.kl = kl if kl is not None else FixedKL()
         copy.deepcopy(self.kl).update(0.0, rollout_batch_size)  # refuses now what it would refuse after an iteration
+        self.controllers: dict[str, Any] = {"kl": self.kl}  # whose state goes into the checkpoint
         self.scores = scores or ScoreShaper()
         self.rollout_batch_size = rollout_batch_size
         self.minibatch_size = minibatch_size
         self.epochs = epochs
-        self.target_kl = target_kl
+        self.target_kl = None if target_kl is None else check_number("algorithm.target_kl", target_kl, above=0)
         self.reference = make_reference(policy)
         self.reference_id = self.reference.fingerprint()
         self.loader: RolloutLoader | None = None
@@ -135,14 +140,16 @@ class OnlineAlgorithm(Algorithm):
         judged = self.judge(rows, episodes, self.seed)
         rollout, anchors, mask = judged.rollout, judged.anchors, judged.rollout.response_mask
         with self.phase("advantage"):
-            coef = self.kl.coef
+            coef = self.kl.at(self.progress)
             rewards = place_scores(self.scores(judged.scores.whole, rollout.finished), mask)  # 4 shape
-            rewards = rewards + judged.scores.dense - coef * judged.kl
+            rewards = rewards + judged.scores.dense
+            if not self.kl.in_loss:
+                rewards = rewards - coef * anchors.kl
             advantages, returns = self.advantages(rewards, rollout, anchors.values)  # 5 advantage
-        if hasattr(self.reward, "update"):
-            self.reward.update(judged.scores)
+        if hasattr(self.reward, "learn_from"):
+            self.reward.learn_from(judged.scores)
         self.tokens += int(mask.sum())
-        self.pending.update(describe(judged, coef))
+        self.pending.update(describe(judged, coef, charged=not self.kl.in_loss))
         self.pending["rollout/tokens_per_second"] = int(mask.sum()) / self.pending["time/rollout"]
         self.samples = sample_rows(judged, iteration + 1, "train")
         return Experience(
@@ -181,11 +188,9 @@ class OnlineAlgorithm(Algorithm):
             }
         with self.phase("anchor"):
             anchors = self.anchor(rollout)
-        kl = kl_estimate(anchors.logprobs, anchors.ref_logprobs, self.kl.estimator)
-        kl = torch.where(rollout.response_mask, kl, 0.0)
         judged = {key: mask_dense(scores, rollout.response_mask) for key, scores in judged.items()}
         gold = judged.get("gold", Scores({}, {}))
-        return Judged(prompts, rollout, completions, judged["reward"], gold, anchors, kl)
+        return Judged(prompts, rollout, completions, judged["reward"], gold, anchors)
 
     def rollout(self, prompts: PromptBatch, seed: int) -> Rollout:
         """Stage 1, on the policy's device; the result is on the CPU."""
@@ -214,12 +219,23 @@ class OnlineAlgorithm(Algorithm):
             part = rollout[start : start + self.minibatch_size].to(self.device)
             tokens = (part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
             with torch.no_grad(), self.autocast():
-                output = self.policy(*tokens, temperature=self.temperature)
-                reference = self.reference.logprobs(*tokens, temperature=self.temperature)
+                output, reference = self.both(*tokens)
                 values = [self.critic(output, *tokens)] if self.critic is not None else []
-            parts.append((output.logprobs, reference, *values))
-        logprobs, reference, *values = (torch.cat(column).float().cpu() for column in zip(*parts, strict=True))
-        return Anchors(logprobs, reference, values[0] if values else None)
+                kl = self.kl_of(output, reference.logprobs, reference.logits, part.response_mask)
+            parts.append((output.logprobs, reference.logprobs, kl, *values))
+        logprobs, ref_logprobs, kl, *values = (torch.cat(column).float().cpu() for column in zip(*parts, strict=True))
+        return Anchors(logprobs, ref_logprobs, kl, values[0] if values else None)
+
+    def both(self, *tokens: Tensor) -> tuple[PolicyOutput, PolicyOutput]:
+        """What policy and reference say of the same tokens."""
+        full = self.kl.estimator == "full"
+        return tuple(m(*tokens, temperature=self.temperature, keep_logits=full) for m in (self.policy, self.reference))
+
+    def kl_of(self, output: PolicyOutput, ref_logprobs: Tensor, ref_logits: Tensor | None, mask: Tensor) -> Tensor:
+        """The KL to the reference per token, (B, T), 0 where the mask is False."""
+        if self.kl.estimator == "full":
+            return zero_masked(full_kl(output.logits, ref_logits), mask)
+        return kl_estimate(zero_masked(output.logprobs, mask), zero_masked(ref_logprobs, mask), self.kl.estimator)
 
     @property
     def temperature(self) -> float:
@@ -230,20 +246,32 @@ class OnlineAlgorithm(Algorithm):
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:  # noqa: ARG002
         tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.response_mask)
-        output = self.policy(*tokens, temperature=self.temperature, entropy_grad=self.needs_entropy)
+        output = self.policy(*tokens, temperature=self.temperature, **self.forward_settings())
         values = self.critic(output, *tokens)[:, :-1] if self.critic is not None else None
+        self.call_hook("on_update", batch, output.logprobs.detach())
         loss, metrics = self.loss(batch, output, values)  # 7 loss
+        if self.kl.in_loss:
+            metrics["loss/kl"] = self.kl_loss(batch, output, tokens)
+            loss = loss + self.pending["objective/kl_coef"] * metrics["loss/kl"]
         count = float(batch.response_mask.sum())
-        self.means.add({**metrics, "loss/total": loss.detach()}, count)
+        self.require_finite("loss", loss)
+        self.means.add({name: x.detach() for name, x in {**metrics, "loss/total": loss}.items()}, count)
         if "policy/approxkl" in metrics:
             so_far, weight = self.minibatch_kl
             self.minibatch_kl = (so_far + float(metrics["policy/approxkl"]) * count, weight + count)
         return loss * batch.weight
 
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether the loss differentiates the entropy."""
-        return False
+    def forward_settings(self) -> dict[str, Any]:
+        """Keyword arguments of the policy's forward pass in a training step."""
+        return {"keep_logits": self.kl.in_loss and self.kl.estimator == "full"}
+
+    def kl_loss(self, batch: Experience, output: PolicyOutput, tokens: tuple[Tensor, ...]) -> Tensor:
+        """The KL to the reference, a mean over the batch's response tokens, through which gradients flow."""
+        ref_logits = None
+        if self.kl.estimator == "full":  # the buffer holds no logits: they would be gigabytes
+            with torch.no_grad():
+                ref_logits = self.reference(*tokens, temperature=self.temperature, keep_logits=True).logits
+        return masked_mean(self.kl_of(output, batch.ref_logprobs, ref_logits, batch.response_mask), batch.response_mask)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -270,12 +298,36 @@ class OnlineAlgorithm(Algorithm):
         row["optim/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         row["time/iteration"] = time.perf_counter() - self._started
         row["time/update"] = row["time/iteration"] - sum(row.get(f"time/{s}", 0.0) for s in _STAGES)
-        self.kl.update(row["objective/kl"], self.rollout_batch_size)
+        self.update_controllers(row)
         self.iteration += 1
+        self.call_hook("on_experience", self.loader.experience)
         self.loader.finish()
         samples, self.samples, self.pending = self.samples, [], {}
         self.log_row(row)
         self.call_hook("on_samples", self.iteration, samples)
+        if self.kl.budget is not None and row["objective/kl"] > self.kl.budget:
+            self.trainer.should_stop = True
+            log.warning("iteration %d: the KL, %.3g nats, is over kl.budget=%g: the run stops", self.iteration,
+                        row["objective/kl"], self.kl.budget)  # fmt: skip
+
+    def update_controllers(self, row: dict[str, float]) -> None:
+        """Lets whatever follows a measurement follow this iteration's."""
+        self.kl.update(row["objective/kl"], self.rollout_batch_size)
+
+    @torch.no_grad()
+    def update_kl(self) -> float:
+        """KL(rollout policy || policy) over the iteration's tokens, in nats per token: how far the updates went."""
+        experience, total, count = self.loader.experience, 0.0, 0.0
+        for start in range(0, len(experience), self.minibatch_size):
+            batch = experience[start : start + self.minibatch_size].to(self.device)
+            mask = batch.response_mask
+            with self.autocast():
+                tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, mask)
+                output = self.policy(*tokens, temperature=self.temperature)
+            # The tokens are the old policy's: k3 estimates its KL to the new one.
+            kl = kl_estimate(zero_masked(batch.logprobs, mask), zero_masked(output.logprobs, mask), "k3")
+            total, count = total + float(kl.sum()), count + float(mask.sum())
+        return total / count
 
     def schedule_metrics(self) -> dict[str, float]:
         """Coefficients of this iteration that follow a schedule."""
@@ -288,8 +340,11 @@ class OnlineAlgorithm(Algorithm):
 
     # ---- validation -----------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        """Completes a batch of held-out prompts; the random numbers are the same at every validation."""
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        """Completes a batch of held-out prompts; the random numbers are the same at every validation.
+
+        The prompts of several loaders are measured together.
+        """
         rows = split_rows(batch)
         start = sum(len(judged.completions) for judged in self.validated)
         episodes = start + torch.arange(len(rows))
@@ -300,7 +355,7 @@ class OnlineAlgorithm(Algorithm):
         if self.trainer.sanity_checking or not validated:
             return
         judged = cat_judged(validated)
-        described = describe(judged, self.kl.coef)
+        described = describe(judged, self.kl.at(self.progress), charged=not self.kl.in_loss)
         metrics = {f"val/{name}": value for name, value in described.items() if not name.endswith("kl_coef")}
         fitting = self.trainer.state.fn == "fit"
         iteration = self.iteration + 1 if fitting else self.iteration
@@ -308,6 +363,8 @@ class OnlineAlgorithm(Algorithm):
         if fitting:
             self.pending.update(metrics)
             self.samples += samples
+            # For callbacks that monitor them at the validation's end, before the iteration's row is logged.
+            self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         else:
             self.log_row(metrics)
             self.call_hook("on_samples", iteration, samples)
@@ -336,10 +393,19 @@ class OnlineAlgorithm(Algorithm):
         super().setup(stage)
         micro_batches = self.trainer.accumulate_grad_batches
         exact_div(self.minibatch_size, micro_batches, "algorithm.minibatch_size", "trainer.accumulate_grad_batches")
+        for name in () if self.trainer.fast_dev_run else ("limit_train_batches", "val_check_interval"):
+            value = getattr(self.trainer, name)
+            if value != 1.0 or isinstance(value, int):  # an int is a number of batches
+                raise UserError(
+                    f"trainer.{name}={value} would cut an iteration, which is one epoch of an online algorithm, short; "
+                    "set trainer.max_epochs, trainer.check_val_every_n_epoch or algorithm.rollout_batch_size instead"
+                )
         self.reference = self.reference.to(self.trainer.strategy.root_device)
         for judge in (self.reward, self.gold):
             freeze(judge, self.trainer.strategy.root_device)
         if stage == "fit":
+            if self.reward_has_state:
+                require_plain("the reward's state_dict()", self.reward.state_dict())
             self.sampler.require_training()
             self.policy.train()  # without dropout that only lets gradient checkpointing work
             self.take_over_loader()
@@ -377,7 +443,7 @@ class OnlineAlgorithm(Algorithm):
             "pending": dict(self.pending),
             "samples": list(self.samples),
             "minibatch_kl": list(self.minibatch_kl),
-            "kl": self.kl.state_dict(),
+            "controllers": {name: controller.state_dict() for name, controller in self.controllers.items()},
             "scores": self.scores.state_dict(),
             "reference": self.reference_id,
             "reward": self.reward.state_dict() if self.reward_has_state else None,
@@ -393,7 +459,8 @@ class OnlineAlgorithm(Algorithm):
         self.iteration, self.tokens = state["iteration"], state["tokens"]
         self.pending, self.samples = dict(state["pending"]), list(state["samples"])
         self.minibatch_kl = tuple(state["minibatch_kl"])
-        self.kl.load_state_dict(state["kl"])
+        for name, controller in self.controllers.items():
+            controller.load_state_dict(state["controllers"][name])
         self.scores.load_state_dict(state["scores"])
         if self.reward_has_state:
             self.reward.load_state_dict(state["reward"])

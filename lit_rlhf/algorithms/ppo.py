@@ -10,17 +10,19 @@ from torch import Tensor
 
 from lit_rlhf.algorithms.online import CriticFactory, OnlineAlgorithm
 from lit_rlhf.batch import Experience, Rollout
-from lit_rlhf.clip import AsymmetricClip, SymmetricClip
-from lit_rlhf.entropy import ConstantEntropy, LinearEntropy, NoEntropy
-from lit_rlhf.errors import UserError
+from lit_rlhf.checks import check_bool, check_number
+from lit_rlhf.clip import Clip, SymmetricClip
+from lit_rlhf.entropy import EntropyBonus, NoEntropy
 from lit_rlhf.functional import (
     clipped_policy_loss,
     clipped_value_loss,
     gae,
+    kl_estimate,
     masked_mean,
     masked_var,
     masked_whiten,
 )
+from lit_rlhf.functional.masked import zero_masked
 from lit_rlhf.models.critic import ValueHead
 from lit_rlhf.models.policy import PolicyOutput
 
@@ -30,11 +32,13 @@ class PPO(OnlineAlgorithm):
 
     Args:
         critic: makes the critic from the policy; a value head on the policy's backbone by default.
-        clip: clip ranges of the ratio and of the value.
+        clip: bounds of the ratio and of the value, or a penalty on the KL to the rollout policy instead.
         entropy: c2, the weight of the entropy.
         ppo_epochs: passes over the experience of an iteration.
         gamma: discount.
         lam: lambda of generalised advantage estimation.
+        critic_lam: lambda of the returns that the critic learns; None takes ``lam``. With 1 they are unbiased, however
+            short-sighted the policy's advantages are (decoupled GAE, VC-PPO, arXiv:2503.01491, section 4.2).
         value_coef: c1, the weight of the value loss.
         whiten_advantages: mean 0 and variance 1 over the iteration's response tokens.
         whiten_rewards: variance 1 of the token rewards, keeping their mean, before the advantages.
@@ -48,11 +52,12 @@ class PPO(OnlineAlgorithm):
         self,
         *,
         critic: CriticFactory = ValueHead,
-        clip: SymmetricClip | AsymmetricClip | None = None,
-        entropy: NoEntropy | ConstantEntropy | LinearEntropy | None = None,
+        clip: Clip | None = None,
+        entropy: EntropyBonus | None = None,
         ppo_epochs: int = 4,
         gamma: float = 1.0,
         lam: float = 0.95,
+        critic_lam: float | None = None,
         value_coef: float = 0.1,
         whiten_advantages: bool = True,
         whiten_rewards: bool = False,
@@ -60,19 +65,17 @@ class PPO(OnlineAlgorithm):
         **online: Any,
     ) -> None:
         super().__init__(critic=critic, epochs=ppo_epochs, **online)
-        for name, value in {"gamma": gamma, "lam": lam}.items():
-            if not 0 <= value <= 1:
-                raise UserError(f"algorithm.{name} must be in [0, 1], got {value}")
-        if not value_coef >= 0:
-            raise UserError(f"algorithm.value_coef must not be negative, got {value_coef}")
+        unit = {"at_least": 0, "at_most": 1}
+        self.gamma = check_number("algorithm.gamma", gamma, **unit)
+        self.lam = check_number("algorithm.lam", lam, **unit)
+        self.critic_lam = None if critic_lam is None else check_number("algorithm.critic_lam", critic_lam, **unit)
+        self.value_coef = check_number("algorithm.value_coef", value_coef, at_least=0)
         self.clip = clip or SymmetricClip()
         self.entropy = entropy or NoEntropy()
-        self.gamma = gamma
-        self.lam = lam
-        self.value_coef = value_coef
-        self.whiten_advantages = whiten_advantages
-        self.whiten_rewards = whiten_rewards
-        self.bootstrap_truncated = bootstrap_truncated
+        self.controllers |= {"clip": self.clip, "entropy": self.entropy}
+        self.whiten_advantages = check_bool("algorithm.whiten_advantages", whiten_advantages)
+        self.whiten_rewards = check_bool("algorithm.whiten_rewards", whiten_rewards)
+        self.bootstrap_truncated = check_bool("algorithm.bootstrap_truncated", bootstrap_truncated)
 
     def advantages(self, rewards: Tensor, rollout: Rollout, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stage 5: generalised advantage estimation, then whitening over the whole iteration."""
@@ -84,6 +87,8 @@ class PPO(OnlineAlgorithm):
             after = values.gather(1, last + 1) * (~rollout.finished).unsqueeze(1)
             rewards = rewards.scatter_add(1, last, self.gamma * after)
         advantages, returns = gae(rewards, values[:, :-1], mask, self.gamma, self.lam)
+        if self.critic_lam is not None:
+            _, returns = gae(rewards, values[:, :-1], mask, self.gamma, self.critic_lam)
         self.pending["returns/mean"] = float(masked_mean(returns, mask))
         self.pending["returns/var"] = float(masked_var(returns, mask))
         unexplained = masked_var(returns - values[:, :-1], mask) / masked_var(returns, mask).clamp(min=1e-8)
@@ -98,6 +103,9 @@ class PPO(OnlineAlgorithm):
         policy_loss, policy = clipped_policy_loss(
             output.logprobs, batch.logprobs, batch.advantages, mask, bounds.low, bounds.high, bounds.dual
         )
+        if bounds.penalty:
+            old_to_new = kl_estimate(zero_masked(batch.logprobs, mask), zero_masked(output.logprobs, mask), "k3")
+            policy_loss = policy_loss + bounds.penalty * masked_mean(old_to_new, mask)
         value_loss, value = clipped_value_loss(values, batch.values, batch.returns, mask, bounds.value)
         entropy = masked_mean(output.entropy, mask)
         loss = policy_loss + self.value_coef * value_loss - self.entropy.at(self.progress) * entropy
@@ -112,11 +120,21 @@ class PPO(OnlineAlgorithm):
         }
         return loss, metrics
 
-    @property
-    def needs_entropy(self) -> bool:
-        return self.entropy.at(self.progress) != 0
+    def forward_settings(self) -> dict[str, Any]:
+        entropy_grad = self.entropy.at(self.progress) != 0
+        return {**super().forward_settings(), "entropy_grad": entropy_grad, "entropy_top_k": self.entropy.top_k}
+
+    def update_controllers(self, row: dict[str, float]) -> None:
+        super().update_controllers(row)
+        self.entropy.update(row["policy/entropy"])
+        if self.clip.follows_kl:
+            row["policy/update_kl"] = self.update_kl()
+            self.clip.update(row["policy/update_kl"])
 
     def schedule_metrics(self) -> dict[str, float]:
         bounds = self.clip.at(self.progress)
-        return {"clip/low": bounds.low, "clip/high": bounds.high, "entropy/coef": self.entropy.at(self.progress)}
-
+        metrics = {"clip/low": bounds.low, "clip/high": bounds.high, "clip/penalty": bounds.penalty}
+        return {
+            **{name: value for name, value in metrics.items() if value is not None},
+            "entropy/coef": self.entropy.at(self.progress),
+        }

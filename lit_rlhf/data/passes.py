@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from lit_rlhf.errors import UserError
 from lit_rlhf.generators import get_generators, seed_generators, set_generators
 from lit_rlhf.rollout.philox import derive_seed
@@ -48,14 +50,23 @@ class SeededPasses:
             batch = next(self._iterator, END_OF_PASS)
         if batch is END_OF_PASS:
             if self.batch == 0:
-                raise UserError("the train dataloader yields no batches: the dataset is empty")
+                raise UserError(
+                    "the train dataloader yields no batches: the dataset is empty"
+                    if self.number == 0
+                    else f"the train dataloader yields nothing in pass {self.number + 1}: it must be possible to "
+                    "iterate over it again, as over a list or a DataLoader, and not once, as over a generator"
+                )
             self.number, self.batch, self._iterator = self.number + 1, 0, None
         else:
             self.batch += 1
         return batch
 
     def _start(self) -> None:
-        seed_generators(derive_seed(self.seed, self.number))
+        seed = derive_seed(self.seed, self.number)
+        seed_generators(seed)
+        for part in _parts(self.loader):  # a generator of the loader's own would go on from wherever it is
+            if isinstance(getattr(part, "generator", None), torch.Generator):
+                part.generator.manual_seed(seed)
         self._iterator = iter(self.loader)
         for number in range(self.batch):
             if next(self._iterator, END_OF_PASS) is END_OF_PASS:
@@ -81,3 +92,11 @@ class SeededPasses:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.number, self.batch, self._iterator = state["number"], state["batch"], None
+
+
+def _parts(loader: Any) -> Iterator[Any]:
+    """A DataLoader and its samplers, each of which may draw from a generator of its own."""
+    yield loader
+    for name in ("sampler", "batch_sampler"):
+        if (part := getattr(loader, name, None)) is not None:
+            yield from _parts(part)

@@ -14,6 +14,7 @@ from lit_rlhf.errors import UserError
 
 Row = dict[str, Any]
 TOKEN_KEYS = ("input_ids", "attention_mask")
+_ARGUMENTS = {"prompts", "completions", "completion_ids", "tokenizer"}  # of a reward, besides the columns
 
 
 def split_rows(batch: Any) -> list[Row]:
@@ -34,17 +35,33 @@ def split_rows(batch: Any) -> list[Row]:
     if "prompt" not in batch and "attention_mask" not in batch:
         raise UserError("the dataloader's batches have 'input_ids' without 'attention_mask': which tokens count?")
     key = "prompt" if "prompt" in batch else "input_ids"
+    if _transposed(batch[key]):
+        raise UserError(
+            "the batch holds chats that the default collate function of a DataLoader has turned inside out; give it "
+            "collate_fn=lambda rows: {key: [row[key] for row in rows] for key in rows[0]}"
+        )
     size = len(batch[key])
     for name, column in batch.items():
         if not hasattr(column, "__len__") or isinstance(column, str) or len(column) != size:
             length = len(column) if hasattr(column, "__len__") else "no"
             raise UserError(f"column '{name}' of the prompt batch has {length} entries, but '{key}' has {size}")
-    if taken := sorted({"prompts", "completions"} & set(batch)):
-        raise UserError(f"a column of the prompt batch is called '{taken[0]}', which every reward takes as an argument")
+    if taken := sorted(_ARGUMENTS & set(batch)):
+        raise UserError(f"a column of the prompt batch is called '{taken[0]}', which is an argument of every reward")
+    if odd := [name for name in batch if not isinstance(name, str)]:
+        raise UserError(f"a column of the prompt batch is called {odd[0]!r}; its name must be a text")
     if size == 0:
         raise UserError(f"'{key}' of a prompt batch is empty: the dataset yields a batch without rows")
     columns = {name: _as_list(column, name) for name, column in batch.items()}
     return [{name: column[i] for name, column in columns.items()} for i in range(size)]
+
+
+def _transposed(prompts: Any) -> bool:
+    """Whether each "chat" is one turn of all chats: {"role": [...], "content": [...]}."""
+    return (
+        isinstance(prompts, list)
+        and bool(prompts)
+        and all(isinstance(turn, Mapping) and not isinstance(turn.get("role", ""), str) for turn in prompts)
+    )
 
 
 def _as_list(column: Any, name: str) -> list[Any]:
@@ -108,6 +125,8 @@ def tokenize_prompts(
     sequences = [_token_ids(row, tokenizer) for row in rows]
     for number, (ids, row) in enumerate(zip(sequences, rows, strict=True)):
         shown = _short(row.get("prompt", row.get("input_ids")))
+        if len(ids) and (worst := int(ids.max())) >= len(tokenizer):
+            raise UserError(f"prompt {number} of the batch has the token id {worst}; the policy knows {len(tokenizer)}")
         if len(ids) == 0:
             raise UserError(f"prompt {number} of the batch has no tokens: {shown}")
         if context_length is not None and len(ids) + max_new_tokens > context_length:
@@ -118,6 +137,9 @@ def tokenize_prompts(
     masks = [torch.ones(len(ids), dtype=torch.bool) for ids in sequences]
     pad = tokenizer.pad_token_id
     columns = [name for name in rows[0] if name != "prompt" and name not in TOKEN_KEYS]
+    for name in {name for row in rows for name in row}:
+        if any(name not in row for row in rows):
+            raise UserError(f"some batches of prompts have the column '{name}' and others do not")
     return PromptBatch(
         prompt_ids=pad_sequence(sequences, batch_first=True, padding_value=pad, padding_side="left"),
         prompt_mask=pad_sequence(masks, batch_first=True, padding_value=False, padding_side="left"),

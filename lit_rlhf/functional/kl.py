@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lit_rlhf.functional.masked import as_float, same_shape
 
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k3_st")
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -18,15 +18,17 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     ``k2``    ``d^2 / 2``          biased, >= 0
     ``k3``    ``exp(-d) - 1 + d``  unbiased, >= 0
     ``abs``   ``|d|``              biased, >= 0
+    ``k3_st`` value of k3          gradient of k2 (straight through)
     ========  ===================  =========================================================================
 
     These are estimates of the *value*, to be used in the reward. As a loss on sampled tokens, their gradients
     differ: k1's has mean zero, k2's is that of KL(policy || reference), k3's that of KL(reference || policy).
+    ``k3_st`` joins k3's low variance of the value with k2's gradient, which is the one wanted.
 
     Args:
         logprobs: the policy's, any shape.
         ref_logprobs: the reference's, same shape.
-        estimator: "k1", "k2", "k3" or "abs".
+        estimator: "k1", "k2", "k3", "abs" or "k3_st".
 
     Returns:
         Same shape, nats per token, float32 (float64 stays). There is no mask: where the result is used as a
@@ -50,6 +52,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
         return torch.expm1(-d) + d
     if estimator == "abs":
         return d.abs()
+    if estimator == "k3_st":
+        k2 = d.square() / 2
+        return (torch.expm1(-d) + d).detach() + (k2 - k2.detach())
     raise ValueError(f"estimator={estimator!r} is unknown, choose one of {', '.join(KL_ESTIMATORS)}")
 
 

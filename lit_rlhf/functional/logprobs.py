@@ -40,13 +40,14 @@ def selective_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
     return _SelectiveLogprobs.apply(logits, token_ids)
 
 
-def entropy_from_logits(logits: Tensor) -> Tensor:
+def entropy_from_logits(logits: Tensor, top_k: int | None = None) -> Tensor:
     """Entropy of the categorical distribution at each position, in nats.
 
     Equation: ``H = -sum_v p_v log p_v``. A logit of -inf is a token of probability 0, which adds 0.
 
     Args:
         logits: (..., vocabulary).
+        top_k: take the ``top_k`` likeliest tokens for the whole vocabulary; None, or more than there are, takes all.
 
     Returns:
         (...), float32 (float64 for float64 logits). Differentiable twice.
@@ -54,6 +55,8 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     >>> entropy_from_logits(torch.zeros(4))  # log 4
     tensor(1.3863)
     """
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.topk(top_k).values
     return _Entropy.apply(logits)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy, PolicyOutput
@@ -57,8 +57,12 @@ class SeparateCritic(nn.Module):
 
     Args:
         policy: gives the backbone (a copy, before training) when ``init`` is ``policy``, and the vocabulary.
-        init: ``policy``, or the name or folder of a causal sequence classifier (a reward model), whose score head is
-            the first value head. It must share the policy's vocabulary, because the critic reads the policy's tokens.
+        init: ``policy``; the ``critic`` folder that an earlier run saved; or the name or folder of a causal sequence
+            classifier (a reward model), whose score head is the first value head. It must share the policy's
+            vocabulary, because the critic reads the policy's tokens.
+
+    Raises:
+        UserError: nothing can be loaded from ``init``, or it is a model that cannot be this policy's critic.
     """
 
     def __init__(self, policy: Policy, *, init: str = "policy") -> None:
@@ -66,6 +70,11 @@ class SeparateCritic(nn.Module):
         if init == "policy":
             self.backbone: PreTrainedModel = policy.merged().base_model
             self.head = _Head(policy.hidden_size)
+        elif (Path(init) / HEAD_FILE).exists():
+            self.backbone = AutoModel.from_pretrained(init, dtype=torch.float32)
+            _require_same_vocabulary(init, self.backbone, policy)
+            self.head = _Head(self.backbone.config.get_text_config().hidden_size)
+            load_head(self.head, init)
         else:
             model = _load_reward_model(init, policy)
             self.backbone = model.base_model
@@ -108,16 +117,25 @@ def load_head(head: nn.Module, path: str) -> None:
 
 def _load_reward_model(path: str, policy: Policy) -> PreTrainedModel:
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(resolve_model(path), dtype=torch.float32)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            resolve_model(path), dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"critic.init={path}: no sequence classifier could be loaded: {error}") from error
-    size, expected = model.config.get_text_config().vocab_size, policy.base.config.get_text_config().vocab_size
     if model.config.num_labels != 1:
         raise UserError(f"critic.init={path} has {model.config.num_labels} labels; a critic starts from a model with 1")
-    if size != expected or getattr(model, "score", None) is None:
-        raise UserError(
-            f"critic.init={path} cannot be the critic: it reads {size} token ids and the policy writes {expected}, "
-            "or it is an encoder. A critic from a reward model needs a causal one with the policy's tokenizer; "
-            "use critic.init=policy otherwise."
-        )
+    if getattr(model, "score", None) is None:
+        raise UserError(f"critic.init={path} is an encoder; a critic reads from left to right, like the policy")
+    if found["missing_keys"]:
+        raise UserError(f"critic.init={path} has no trained score head: {min(found['missing_keys'])} is missing")
+    _require_same_vocabulary(path, model, policy)
     return model
+
+
+def _require_same_vocabulary(path: str, model: PreTrainedModel, policy: Policy) -> None:
+    size, expected = model.config.get_text_config().vocab_size, policy.base.config.get_text_config().vocab_size
+    if size != expected:
+        raise UserError(
+            f"critic.init={path} cannot be the critic: it reads {size} token ids and the policy writes {expected}. A "
+            "critic from a reward model needs one with the policy's tokenizer; use critic.init=policy otherwise."
+        )

@@ -31,11 +31,13 @@ class PolicyOutput(NamedTuple):
         entropy: (B, T) entropy of the distribution that each token was drawn from, fp32, nats.
         hidden: (B, T + 1, d) last hidden states. Entry t is the state in which token t is chosen; the last one is the
             state after the last token.
+        logits: (B, T, vocabulary) that the log-probabilities come from, where they were asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor
     hidden: Tensor
+    logits: Tensor | None
 
 
 class Policy(nn.Module):
@@ -162,11 +164,14 @@ class Policy(nn.Module):
         *,
         temperature: float = 1.0,
         entropy_grad: bool = False,
+        entropy_top_k: int | None = None,
+        keep_logits: bool = False,
     ) -> PolicyOutput:
         """Log-probabilities and entropies of responses (B, T) after prompts (B, P), padded left and right.
 
         The head runs at the response positions only. Positions count real tokens, so padding changes nothing.
-        Log-softmax and entropy are in fp32 at every precision. The entropy is detached unless ``entropy_grad``.
+        Log-softmax and entropy are in fp32 at every precision. The entropy is that of the likeliest ``entropy_top_k``
+        tokens, or of all, and detached unless ``entropy_grad``.
         """
         start, steps = prompt_ids.shape[1] - 1, response_ids.shape[1]
         mask = torch.cat([prompt_mask, response_mask], dim=1)
@@ -181,8 +186,9 @@ class Policy(nn.Module):
         # At temperature 1 the logits stay as they are: the functions below work in fp32 without a whole fp32 copy.
         logits = output.logits if temperature == 1 else output.logits.float() / temperature
         with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            entropy = entropy_from_logits(logits)
-        return PolicyOutput(selective_logprobs(logits, response_ids), entropy, output.hidden_states[-1][:, start:])
+            entropy = entropy_from_logits(logits, entropy_top_k)
+        logprobs = selective_logprobs(logits, response_ids)
+        return PolicyOutput(logprobs, entropy, output.hidden_states[-1][:, start:], logits if keep_logits else None)
 
     def decoder(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The model to decode with: weights as they are now, LoRA merged, in ``dtype``. Called once per rollout phase.

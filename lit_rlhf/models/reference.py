@@ -2,12 +2,13 @@
 
 import copy
 import hashlib
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.policy import Policy, PolicyOutput
 
 
 class AdapterOff:
@@ -16,10 +17,10 @@ class AdapterOff:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
-    def logprobs(self, *tokens: Tensor, temperature: float) -> Tensor:
-        """Log-probabilities (B, T) under the reference; arguments as in ``Policy.forward``."""
+    def __call__(self, *tokens: Tensor, **settings: Any) -> PolicyOutput:
+        """What the reference says; arguments as in ``Policy.forward``."""
         with self._policy.model.disable_adapter():
-            return self._policy(*tokens, temperature=temperature).logprobs
+            return self._policy(*tokens, **settings)
 
     def fingerprint(self) -> str:
         """A hash of the reference's weights: the same at the start, at the end and after a resume."""
@@ -37,8 +38,8 @@ class FrozenCopy:
         for parameter in self._policy.parameters():
             parameter.requires_grad_(False)
 
-    def logprobs(self, *tokens: Tensor, temperature: float) -> Tensor:
-        return self._policy(*tokens, temperature=temperature).logprobs
+    def __call__(self, *tokens: Tensor, **settings: Any) -> PolicyOutput:
+        return self._policy(*tokens, **settings)
 
     def fingerprint(self) -> str:
         return _hash(self._policy.model.state_dict())

@@ -71,9 +71,9 @@ class ConstrainedReward(RewardGroup):
         }
         return {**{name: scores.total for name, scores in scored.items()}, "multiplier": multiplier, **parts}
 
-    def update(self, scores: Scores) -> None:
+    def learn_from(self, scores: Scores) -> None:
         """Moves the multiplier after an iteration's completions were scored."""
-        super().update(scores)
+        super().learn_from(scores)
         missing = self.threshold - float(scores.components["constraint"].mean())
         self.multiplier = min(max(0.0, self.multiplier + self.lr * missing), self.max_multiplier)
 

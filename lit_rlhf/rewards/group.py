@@ -49,13 +49,13 @@ class RewardGroup:
         }
         return scored, parts
 
-    def update(self, scores: Scores) -> None:
+    def learn_from(self, scores: Scores) -> None:
         """Passes what was scored in training on to the rewards that learn from it."""
         for name, reward in self.rewards.items():
-            if hasattr(reward, "update"):
+            if hasattr(reward, "learn_from"):
                 prefix = f"{name}/"
                 own = {key.removeprefix(prefix): x for key, x in scores.components.items() if key.startswith(prefix)}
-                reward.update(Scores(own or {name: scores.components[name]}, {}))
+                reward.learn_from(Scores(own or {name: scores.components[name]}, {}))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: reward.state_dict() for name, reward in self._stateful().items()}

@@ -1,6 +1,7 @@
 """Stage 2: calls a reward and checks what it returns."""
 
 import asyncio
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,8 @@ Reward = Callable[..., Any]
 
 A reward that names the argument ``completion_ids`` gets each completion's token ids, a list of lists; one that names
 ``tokenizer`` gets the policy's. It may return one number per token, as a list of lists of these lengths or as a
-Tensor (B, T).
+Tensor (B, T). A reward with a method ``learn_from(scores)`` gets the ``Scores`` of each training iteration; one with
+``state_dict`` and ``load_state_dict`` is saved with the run.
 """
 
 
@@ -96,6 +98,8 @@ def score(
 
 def reward_name(reward: Reward) -> str:
     """What a reward's only component is called: its ``name``, else the function's or class's name."""
+    if isinstance(reward, functools.partial):
+        return reward_name(reward.func)
     name = getattr(reward, "name", None) or getattr(reward, "__name__", None)
     return name if isinstance(name, str) else type(reward).__name__
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.checks import check_bool, check_number
 
 
 class RunningMoments:
@@ -43,7 +43,7 @@ class ScoreShaper:
         missing_eos_penalty: subtracted, last, from a completion that the length limit cut off.
 
     Raises:
-        UserError: a clip that is not positive, or a negative penalty.
+        UserError: a clip that is not positive, a negative penalty, or a number that is not finite.
     """
 
     def __init__(
@@ -54,16 +54,11 @@ class ScoreShaper:
         clip: float | None = None,
         missing_eos_penalty: float = 0.0,
     ) -> None:
-        if clip is not None and not clip > 0:
-            raise UserError(f"algorithm.scores.clip must be positive or null, got {clip}")
-        if not missing_eos_penalty >= 0:
-            raise UserError(f"algorithm.scores.missing_eos_penalty must not be negative, got {missing_eos_penalty}")
-        if not math.isfinite(scale):
-            raise UserError(f"algorithm.scores.scale must be finite, got {scale}")
-        self.normalize = normalize
-        self.scale = scale
-        self.clip = clip
-        self.missing_eos_penalty = missing_eos_penalty
+        key = "algorithm.scores"
+        self.normalize = check_bool(f"{key}.normalize", normalize)
+        self.scale = check_number(f"{key}.scale", scale)
+        self.clip = None if clip is None else check_number(f"{key}.clip", clip, above=0)
+        self.missing_eos_penalty = check_number(f"{key}.missing_eos_penalty", missing_eos_penalty, at_least=0)
         self.moments = RunningMoments()
 
     def __call__(self, scores: Tensor, finished: Tensor) -> Tensor:

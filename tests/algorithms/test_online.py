@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from ppo_runs import fit, make
 from tiny import LORA, Prompts, letters, tiny_model, tiny_policy
 from torch.utils.data import DataLoader
@@ -38,6 +39,9 @@ def rows_module(rows, batch_size=4):
         ([{"question": "a"}], "neither 'prompt' nor 'input_ids'"),
         ([{"prompt": [{"role": "user", "content": "hi"}]}], "no chat template"),
         ([{"prompt": 3}], "a prompt is a text or a list of messages"),
+        ([{"prompt": "a", 7: "b"}], "a column of the prompt batch is called 7; its name must be a text"),
+        ([{"prompt": "a", "completion_ids": 1}], "called 'completion_ids', which is an argument of every reward"),
+        ([{"input_ids": [5, 999], "attention_mask": [1, 1]}], "prompt 0 of the batch has the token id 999; .* 259"),
     ],
 )
 def test_bad_prompts_are_refused_by_name(trainer, rows, message):
@@ -118,6 +122,73 @@ def test_a_column_that_the_prompts_lack_is_refused_before_any_rollout(trainer, k
         fit(trainer, make(**{"reward": letters, key: reward}))
 
 
+def test_held_out_metrics_can_be_monitored_whenever_they_are_measured(trainer, tmp_path):
+    best = ModelCheckpoint(dirpath=tmp_path, filename="best", monitor="val/objective/scores", mode="max")
+    stop = EarlyStopping(monitor="val/objective/kl", mode="max", patience=1, min_delta=1e9)
+    fit(trainer, make(), data=Prompts(validation=True), max_epochs=8, check_val_every_n_epoch=2, callbacks=[best, stop],
+        enable_checkpointing=True)  # fmt: skip
+    assert stop.stopped_epoch == 3  # the second validation is no better than the first
+    assert best.best_model_score is not None
+    assert (tmp_path / "best.ckpt").exists()
+
+
+def test_prompts_of_several_validation_loaders_are_measured_together(trainer):
+    class Two(Prompts):
+        def val_dataloader(self):
+            return [DataLoader([{"prompt": text}], batch_size=1) for text in self.texts[:2]]
+
+    samples = fit(trainer, make(), data=Two(), max_epochs=1).samples
+    assert [s["prompt"] for s in samples if s["split"] == "validation"] == ["hello", "a b c"]
+
+
+@pytest.mark.parametrize("limit", [{"limit_train_batches": 1}, {"val_check_interval": 1}, {"overfit_batches": 1}])
+def test_a_trainer_setting_that_would_cut_an_iteration_short_is_refused(trainer, limit):
+    with pytest.raises(UserError, match=r"trainer\.\w+=1 would cut an iteration"):
+        fit(trainer, make(), data=Prompts(validation=True), **limit)
+
+
+def test_a_fast_dev_run_is_one_step(trainer):
+    ppo = make()
+    fit(trainer, ppo, fast_dev_run=True)
+    assert ppo.trainer.global_step == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_the_weights(trainer):
+    policy = tiny_policy()
+    before = copy.deepcopy(policy.state_dict())
+
+    class Broken(PPO):
+        def loss(self, *args):
+            loss, metrics = super().loss(*args)
+            return loss * float("nan"), metrics
+
+    ppo = Broken(policy=policy, reward=letters, sampler=Sampler(max_new_tokens=4), rollout_batch_size=8,
+                 minibatch_size=4)  # fmt: skip
+    with pytest.raises(UserError, match="the loss of optimiser step 1 is nan"):
+        fit(trainer, ppo)
+    assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
+
+
+def test_a_reward_whose_state_no_checkpoint_can_hold_is_refused_at_the_start(trainer):
+    class Counting:
+        def __call__(self, completions, **_):
+            return [0.0] * len(completions)
+
+        def state_dict(self):
+            return {"seen": [np.float64(3.0)]}
+
+        def load_state_dict(self, state):
+            pass
+
+    with pytest.raises(UserError, match=r"state_dict\(\)\['seen'\]\[0\] is a numpy.float64"):
+        fit(trainer, make(reward=Counting()))
+
+
+def test_no_reward_to_learn_from_is_refused():
+    with pytest.raises(UserError, match="'reward' is None"):
+        make(reward=None)
+
+
 def test_async_rewards_are_awaited(trainer):
     async def reward(prompts, **_):
         return [0.5] * len(prompts)
@@ -185,6 +256,24 @@ def test_tokenised_prompts_are_taken_as_they_are(trainer):
     watch = fit(trainer, make(), data=Tokens(), max_epochs=1)
     widths = {tuple(row[m].tolist()) for b in watch.batches for row, m in zip(b.prompt_ids, b.prompt_mask, strict=True)}
     assert widths == {(70, 71), (72, 73, 74, 75)}
+
+
+def test_chats_that_the_default_collate_turned_inside_out_are_explained(trainer):
+    chats = DataLoader([{"prompt": [{"role": "user", "content": "hi"}]}] * 4, batch_size=2)
+    with pytest.raises(UserError, match="turned inside out; give it collate_fn="):
+        trainer(max_epochs=1).fit(make(), chats)
+
+
+def test_a_column_of_some_batches_only_is_refused(trainer):
+    batches = [{"prompt": ["a", "b"], "x": [1, 2]}, {"prompt": ["c", "d"]}]
+    with pytest.raises(UserError, match="some batches of prompts have the column 'x' and others do not"):
+        trainer(max_epochs=1).fit(make(), batches)
+
+
+def test_a_generator_as_loader_is_refused_when_it_is_spent(trainer):
+    batches = ({"prompt": [text] * 4} for text in Prompts.texts[:3])
+    with pytest.raises(UserError, match="yields nothing in pass 2: it must be possible to iterate over it again"):
+        trainer(max_epochs=3).fit(make(), batches)
 
 
 def test_chats_go_through_the_template(trainer):

@@ -10,10 +10,10 @@ from tiny import LORA, Prompts, letters, tiny_model, tiny_policy
 from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf.algorithms import PPO
-from lit_rlhf.clip import SymmetricClip
-from lit_rlhf.entropy import ConstantEntropy
+from lit_rlhf.clip import AdaptiveKLPenalty, AsymmetricClip, DualClip, LinearClip, NoClip, SymmetricClip
+from lit_rlhf.entropy import ConstantEntropy, LinearEntropy, TargetEntropy
 from lit_rlhf.errors import UserError
-from lit_rlhf.kl import AdaptiveKL, FixedKL
+from lit_rlhf.kl import AdaptiveKL, FixedKL, LinearKL
 from lit_rlhf.models import Policy, SeparateCritic, ValueHead
 from lit_rlhf.models.policy import byte_tokenizer
 from lit_rlhf.rewards.shaping import ScoreShaper
@@ -321,10 +321,15 @@ def test_advantages_are_whitened_over_the_iteration_or_left_alone(trainer):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"gamma": 0.5}, {"lam": 0.2}, {"value_coef": 2.0}, {"whiten_rewards": True}, {"whiten_advantages": False},
+        {"gamma": 0.5}, {"lam": 0.2}, {"value_coef": 0.5}, {"whiten_rewards": True}, {"whiten_advantages": False},
         {"bootstrap_truncated": True}, {"clip": SymmetricClip(range=0.01)}, {"entropy": ConstantEntropy(coef=1.0)},
         {"kl": FixedKL(coef=3.0)}, {"scores": ScoreShaper(scale=3.0)}, {"ppo_epochs": 3}, {"minibatch_size": 2},
         {"target_kl": 1e-6}, {"critic": SeparateCritic}, {"clip": SymmetricClip(value_range=1e-3)}, {"seed": 4},
+        {"critic_lam": 0.2}, {"kl": FixedKL(coef=3.0, estimator="full")}, {"kl": LinearKL(start=3.0, end=3.0)},
+        {"kl": FixedKL(coef=3.0, estimator="k2", place="loss")}, {"clip": LinearClip(start=0.2, end=0.0)},
+        {"clip": AsymmetricClip(low=0.01, high=0.02)}, {"clip": DualClip(range=0.2, dual=1.001)}, {"clip": NoClip()},
+        {"clip": AdaptiveKLPenalty(init_weight=1.0)}, {"entropy": TargetEntropy(target=9.0, init_coef=1.0, max_coef=1)},
+        {"entropy": ConstantEntropy(coef=1.0, top_k=2)}, {"entropy": LinearEntropy(start=1.0, end=0.0)},
         {"reward": lambda completions, **_: [float(len(c)) for c in completions]},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -336,6 +341,90 @@ def test_every_setting_changes_what_is_learned(trainer, changes):
         return torch.cat([p.flatten() for p in ppo.policy.parameters()])
 
     assert not torch.equal(weights(), weights(**changes))
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_full_kl_is_summed_over_the_vocabulary(trainer, lora):
+    policy = tiny_policy(lora=lora)
+    start = copy.deepcopy(policy)
+    ppo = make(policy, lr=5.0, kl=FixedKL(estimator="full"), ppo_epochs=1, minibatch_size=8)
+    watch = fit(trainer, ppo, max_steps=2)
+    assert watch.rows[0]["objective/kl"] == 0.0
+    # The second iteration's tokens, under the policy that drew them (before its step) and the first one.
+    tokens = tokens_of(watch.batches[1])
+    drawn, reference = (p.log_softmax(-1) for p in (watch.logits[1], start(*tokens, keep_logits=True).logits))
+    expected = (drawn.exp() * (drawn - reference)).sum(-1)[watch.batches[1].response_mask].sum() / 8
+    assert watch.rows[1]["objective/kl"] == pytest.approx(float(expected), rel=1e-4)
+    assert float(expected) > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3_st", "full"])
+def test_a_kl_in_the_loss_is_charged_there_and_not_in_the_rewards(trainer, estimator):
+    charged = []
+
+    class Recorded(PPO):
+        def advantages(self, rewards, rollout, values):
+            charged.append(float(rewards.sum() / len(rewards)))
+            return super().advantages(rewards, rollout, values)
+
+    ppo = Recorded(policy=tiny_policy(), reward=letters, kl=FixedKL(coef=0.3, estimator=estimator, place="loss"),
+                   sampler=Sampler(max_new_tokens=6), rollout_batch_size=8, minibatch_size=4, ppo_epochs=1,
+                   optimizer=sgd(0.5))  # fmt: skip
+    rows = fit(trainer, ppo, max_epochs=3).rows
+    assert charged == pytest.approx([row["objective/scores"] for row in rows], abs=1e-5)
+    for row in rows:
+        assert row["objective/non_score_reward"] == 0
+        plain = row["loss/policy"] + ppo.value_coef * row["loss/value"]
+        assert row["loss/total"] == pytest.approx(plain + 0.3 * row["loss/kl"], abs=1e-5)
+    assert rows[2]["loss/kl"] > 1e-4
+
+
+def test_a_strong_kl_in_the_loss_holds_the_policy_at_its_reference(trainer):
+    def final_kl(coef):
+        kl = FixedKL(coef=coef, estimator="full", place="loss")
+        return fit(trainer, make(lr=0.02, kl=kl), max_epochs=6).rows[-1]["objective/kl"]
+
+    assert 0 < final_kl(2.0) < 0.5 * final_kl(0.0)
+
+
+def test_a_kl_budget_stops_the_run_after_the_iteration_that_exceeds_it(trainer, caplog):
+    free = fit(trainer, make(lr=0.5), max_epochs=4).rows
+    spent = [abs(row["objective/kl"]) for row in free]
+    assert spent[0] == 0 < spent[1]
+    rows = fit(trainer, make(lr=0.5, kl=FixedKL(estimator="k3", budget=1e-6)), max_epochs=4).rows
+    assert len(rows) == 2
+    assert "kl.budget=1e-06: the run stops" in caplog.text
+
+
+def test_schedules_run_over_the_whole_run(trainer):
+    line = {"start": 0.4, "end": 0.0}
+    ppo = make(kl=LinearKL(**line), clip=LinearClip(**line), entropy=LinearEntropy(**line))
+    rows = fit(trainer, ppo, max_epochs=4).rows
+    # The KL coefficient is that of an iteration's start; ranges follow every step and are logged at its end.
+    assert [row["objective/kl_coef"] for row in rows] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert [row["clip/high"] for row in rows] == pytest.approx([0.3, 0.2, 0.1, 0.0])
+    assert [row["entropy/coef"] for row in rows] == pytest.approx([0.3, 0.2, 0.1, 0.0])
+
+
+def test_the_kl_penalty_measures_how_far_the_updates_went_and_resumes(trainer, tmp_path):
+    def ppo():
+        return make(lr=0.5, clip=AdaptiveKLPenalty(target=1e-9, init_weight=0.25), entropy=TargetEntropy(target=1.0))
+
+    first = ppo()
+    watch = fit(trainer, first, max_epochs=1)
+    tokens = torch.cat([b.response_mask.flatten() for b in watch.batches[:2]])
+    shift = torch.cat([
+        (first.policy(*tokens_of(b)).logprobs - b.logprobs).flatten() for b in watch.batches[:2]
+    ])[tokens]  # fmt: skip
+    expected = float((shift.exp() - 1 - shift).mean())  # the policy now against the one that drew the tokens
+    assert watch.rows[0]["policy/update_kl"] == pytest.approx(expected, rel=1e-3)
+    assert expected > 1e-6
+    first.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    whole = fit(trainer, ppo(), max_epochs=3).rows
+    later = fit(trainer, ppo(), max_epochs=3, ckpt_path=tmp_path / "a.ckpt").rows
+    names = ("clip/penalty", "entropy/coef", "objective/kl", "policy/update_kl")
+    assert [row["clip/penalty"] for row in whole] == [0.25, 0.5, 1.0]
+    assert [[row[n] for n in names] for row in later] == [[row[n] for n in names] for row in whole[1:]]
 
 
 def test_updates_stop_on_the_target_kl_and_validation_still_runs(trainer):
@@ -380,6 +469,26 @@ def test_bootstrapping_adds_the_value_after_a_cut_completion():
 
 
 # ---- critics, saving ---------------------------------------------------------------------------------------
+
+
+def test_an_exported_separate_critic_starts_another_run(trainer, tmp_path):
+    ppo = make(critic=SeparateCritic, lr=0.5)
+    fit(trainer, ppo)
+    ppo.export(tmp_path)
+    rollout = rollout_of(ppo.policy)
+    loaded = SeparateCritic(ppo.policy, init=str(tmp_path / "critic"))
+    with torch.no_grad():
+        expected, actual = (c(None, *tokens_of(rollout)) for c in (ppo.critic, loaded))
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_causal_model_without_a_trained_score_is_no_critic(tmp_path):
+    model = tiny_model()
+    model.config.num_labels = 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no trained score head: score\.weight is missing"):
+        SeparateCritic(tiny_policy(), init=str(tmp_path))
 
 
 @pytest.mark.parametrize("critic", [ValueHead, SeparateCritic])
@@ -452,7 +561,9 @@ def test_metrics_do_not_count_padding(trainer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gamma": 1.5}, "algorithm.gamma"), ({"lam": -0.1}, "algorithm.lam"), ({"value_coef": -1.0}, "value_coef"),
+        ({"gamma": 1.5}, "algorithm.gamma"), ({"gamma": "abc"}, "algorithm.gamma must be .* got 'abc'"),
+        ({"whiten_advantages": "off"}, "algorithm.whiten_advantages must be true or false, got 'off'"),
+        ({"lam": -0.1}, "algorithm.lam"), ({"critic_lam": 1.1}, "critic_lam"), ({"value_coef": -1.0}, "value_coef"),
         ({"target_kl": 0.0}, "target_kl"), ({"ppo_epochs": 0}, "epochs"), ({"seed": -1}, "seed"),
         ({"kl": AdaptiveKL(horizon=1.0)}, "kl.horizon=1 is too short for 8 episodes"),
     ],

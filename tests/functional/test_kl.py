@@ -90,6 +90,12 @@ def test_k3_as_a_loss_descends_the_forward_kl():
     torch.testing.assert_close(expected_loss_gradient("k3"), LOGITS.softmax(-1) - REFERENCE)
 
 
+def test_straight_through_k3_has_its_own_value_and_k2s_gradient():
+    torch.testing.assert_close(expected_loss_gradient("k3_st"), reverse_kl_gradient())
+    logp = LOGITS.log_softmax(-1)
+    torch.testing.assert_close(kl_estimate(logp, REFERENCE.log(), "k3_st"), kl_estimate(logp, REFERENCE.log(), "k3"))
+
+
 def test_k1_in_the_reward_descends_the_reverse_kl():
     # the score-function gradient E_p[k1 * d log p / d z], k1 a constant
     logits = LOGITS.clone().requires_grad_()

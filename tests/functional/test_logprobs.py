@@ -116,3 +116,13 @@ def test_unaligned_tokens_are_refused():
         selective_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"token_ids has shape \(2, 1\)"):
         selective_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 1, dtype=torch.int64))
+
+
+def test_entropy_of_the_likeliest_tokens_is_that_of_their_renormalised_distribution():
+    p = torch.tensor([0.5, 0.25, 0.2, 0.05])
+    # (2/3, 1/3): log 3 - 2/3 log 2
+    assert entropy_from_logits(p.log(), top_k=2).item() == pytest.approx(math.log(3) - 2 / 3 * math.log(2), abs=1e-6)
+    assert torch.equal(entropy_from_logits(p.log(), top_k=4), entropy_from_logits(p.log()))
+    logits = p.log().requires_grad_()
+    entropy_from_logits(logits, top_k=2).backward()
+    assert (logits.grad != 0).tolist() == [True, True, False, False]

@@ -148,19 +148,19 @@ class TestConstrained:
     def test_the_multiplier_grows_while_the_constraint_is_missed_and_falls_to_0_after(self):
         reward = self.make()
         for completions, expected in ((["bad", "fine"], 0.5), (["bad", "bad"], 2.0), (["ok"] * 2, 1.5), (["ok"], 1.0)):
-            reward.update(score(reward, [""] * len(completions), completions, {}))
+            reward.learn_from(score(reward, [""] * len(completions), completions, {}))
             assert reward.multiplier == expected
         for _ in range(3):
-            reward.update(score(reward, [""], ["ok"], {}))
+            reward.learn_from(score(reward, [""], ["ok"], {}))
         assert reward.multiplier == 0
         limited = self.make(max_multiplier=1.0)
-        limited.update(score(limited, [""], ["bad"], {}))
+        limited.learn_from(score(limited, [""], ["bad"], {}))
         assert limited.multiplier == 1
 
     def test_the_multiplier_survives_a_resume_inside_a_composite_too(self):
         inner = self.make()
         reward = CompositeReward(rewards={"safe": inner, "other": ones}, weights={"safe": 1, "other": 1})
-        reward.update(score(reward, [""], ["bad"], {}))
+        reward.learn_from(score(reward, [""], ["bad"], {}))
         assert inner.multiplier == 1.5
         fresh = self.make()
         CompositeReward(rewards={"safe": fresh}, weights={"safe": 1}).load_state_dict(reward.state_dict())

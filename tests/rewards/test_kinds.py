@@ -83,9 +83,9 @@ class TestKeyword:
 class TestFunction:
     @pytest.fixture
     def module(self, tmp_path, monkeypatch):
-        (tmp_path / "my_rewards").mkdir()
-        (tmp_path / "my_rewards" / "__init__.py").write_text("")
-        (tmp_path / "my_rewards" / "style.py").write_text(
+        (tmp_path / "my_styles").mkdir()
+        (tmp_path / "my_styles" / "__init__.py").write_text("")
+        (tmp_path / "my_styles" / "style.py").write_text(
             "def shouting(prompts, completions, number, **columns):\n"
             "    return [sum(c.isupper() for c in text) + n for text, n in zip(completions, number)]\n"
             "async def later(prompts, completions, **columns):\n"
@@ -93,23 +93,23 @@ class TestFunction:
             "class Thing:\n    pass\n"
             "value = 3\n"
         )
-        (tmp_path / "my_rewards" / "broken.py").write_text("import a_module_that_is_not_there\n")
-        (tmp_path / "my_rewards" / "raises.py").write_text("1 / 0\n")
+        (tmp_path / "my_styles" / "broken.py").write_text("import a_module_that_is_not_there\n")
+        (tmp_path / "my_styles" / "raises.py").write_text("1 / 0\n")
         monkeypatch.syspath_prepend(tmp_path)
         yield
-        for name in [name for name in sys.modules if name.startswith("my_rewards")]:
+        for name in [name for name in sys.modules if name.startswith("my_styles")]:
             del sys.modules[name]
 
     @pytest.mark.usefixtures("module")
     def test_it_gets_prompts_completions_and_columns(self):
-        reward = FunctionReward(function="my_rewards.style.shouting")
+        reward = FunctionReward(function="my_styles.style.shouting")
         assert call(reward, ["ABc", "d"], number=[10, 20]) == [12, 20]
         assert list(score(reward, ["", ""], ["a", "B"], {"number": [0, 0]}).components) == ["shouting"]
         assert required_columns(reward) == ["number"]
 
     @pytest.mark.usefixtures("module")
     def test_it_may_be_async_and_have_components(self):
-        components = score(FunctionReward(function="my_rewards.style.later"), ["", ""], ["a", "b"], {}).components
+        components = score(FunctionReward(function="my_styles.style.later"), ["", ""], ["a", "b"], {}).components
         assert {name: values.tolist() for name, values in components.items()} == {"first": [1, 1], "second": [2, 2]}
 
     @pytest.mark.usefixtures("module")
@@ -118,12 +118,12 @@ class TestFunction:
         [
             ("shouting", "must be a dotted name"),
             ("no_such_package.reward", "there is no module 'no_such_package'"),
-            ("my_rewards.missing.reward", "there is no module 'my_rewards.missing'"),
-            ("my_rewards.style.missing", r"the module 'my_rewards.style' \(.*style.py\) has no 'missing'"),
-            ("my_rewards.style.Thing", "is a type, not a function"),
-            ("my_rewards.style.value", "is a int, not a function"),
-            ("my_rewards.broken.reward", "importing 'my_rewards.broken' failed: .*a_module_that_is_not_there"),
-            ("my_rewards.raises.reward", "importing 'my_rewards.raises' failed: ZeroDivisionError"),
+            ("my_styles.missing.reward", "there is no module 'my_styles.missing'"),
+            ("my_styles.style.missing", r"the module 'my_styles.style' \(.*style.py\) has no 'missing'"),
+            ("my_styles.style.Thing", "is a type, not a function"),
+            ("my_styles.style.value", "is a int, not a function"),
+            ("my_styles.broken.reward", "importing 'my_styles.broken' failed: .*a_module_that_is_not_there"),
+            ("my_styles.raises.reward", "importing 'my_styles.raises' failed: ZeroDivisionError"),
         ],
     )
     def test_the_part_of_the_name_that_failed_is_named(self, name, message):

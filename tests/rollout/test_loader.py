@@ -3,9 +3,10 @@
 import pytest
 import torch
 from tiny import Prompts
+from torch.utils.data import DataLoader, RandomSampler
 
 from lit_rlhf.batch import Experience
-from lit_rlhf.data.passes import SeededPasses
+from lit_rlhf.data.passes import END_OF_PASS, SeededPasses
 from lit_rlhf.data.tokenize import PromptRows, split_rows
 from lit_rlhf.errors import UserError
 from lit_rlhf.rollout.loader import RolloutLoader
@@ -121,6 +122,26 @@ def test_stop_ends_the_iteration_early():
 def test_sizes_that_do_not_divide_are_refused_with_both_numbers(changes, message):
     with pytest.raises(UserError, match=message):
         loader(**changes)
+
+
+@pytest.mark.parametrize("own", ["loader", "sampler"])
+def test_a_loader_with_a_generator_of_its_own_resumes_at_its_place(own):
+    def passes():
+        generator = torch.Generator().manual_seed(3)
+        rows = list(range(10))
+        if own == "loader":
+            return SeededPasses(DataLoader(rows, batch_size=2, shuffle=True, generator=generator), seed=1)
+        sampler = RandomSampler(rows, generator=generator)
+        return SeededPasses(DataLoader(rows, batch_size=2, sampler=sampler), seed=1)
+
+    def draw(source, count):
+        return [b.tolist() for b in (source.next_batch() for _ in range(count)) if b is not END_OF_PASS]
+
+    whole = passes()
+    draw(whole, 8)
+    resumed = passes()
+    resumed.load_state_dict(whole.state_dict())
+    assert draw(resumed, 8) == draw(whole, 8)
 
 
 def test_an_empty_dataset_is_refused():
