@@ -14,10 +14,11 @@ from typing import Any
 
 import hydra
 from hydra.errors import CompactHydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.sweep import Sweep
 
 _PACKAGE = Path(__file__).parent
 #: An installed wheel carries conf/ inside the package; a checkout has it beside the package.
@@ -41,7 +42,17 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 # Hydra prints the message of this type alone.
                 raise CompactHydraException(f"\n{error}") from None
 
-        return hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)
+        run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)
+
+        @functools.wraps(task)
+        def main() -> None:
+            try:
+                run()
+            except BaseException:
+                Sweep.cut_short()
+                raise
+
+        return main
 
     return decorate
 
@@ -49,19 +60,19 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 def instantiate(node: Any, key: str, **objects: Any) -> Any:
     """Makes the object that a config node describes; ``objects`` are passed on as they are.
 
-    A ``_target_`` that is a plain or async function is not called but returned (with its other keys bound), so that
-    ``reward._target_=my_package.my_reward`` works for functions and classes alike.
+    In a reward, a ``_target_`` that is a plain or async function is not called but returned, its other keys bound, so
+    that ``reward._target_=my_package.my_reward`` works for functions and classes alike.
 
     Raises:
         UserError: whatever is wrong with the node, with its full key.
     """
     if node is None or (isinstance(node, DictConfig) and not node):
         return None
+    if taken := sorted(set(objects) & set(node)):
+        raise UserError(f"nobody reads the config key {key}.{taken[0]}: it comes from elsewhere in the config")
     try:
-        if _is_function(node):
-            made = hydra.utils.instantiate(node, _convert_="all", _partial_=True, **objects)
-            # Its own name, which metrics and messages use
-            return functools.update_wrapper(functools.partial(made.func, **made.keywords), made.func)
+        if key.split(".")[0] in ("reward", "gold"):
+            node = _without_calls(node)
         made = hydra.utils.instantiate(node, _convert_="all", **objects)
         if isinstance(made, functools.partial):
             _check_keywords(made, key)  # else a wrong key would be found out only when the call is completed
@@ -77,8 +88,19 @@ def instantiate(node: Any, key: str, **objects: Any) -> Any:
         raise UserError(f"config key '{key}': {_first_words(cause or error)}") from error
 
 
+def _without_calls(node: Any) -> Any:
+    """The node with every function in it, a member of a composite too, to be returned instead of called."""
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else node
+    if isinstance(plain, list):
+        return [_without_calls(item) for item in plain]
+    if not isinstance(plain, dict):
+        return plain
+    plain = {name: _without_calls(value) for name, value in plain.items()}
+    return {**plain, "_partial_": True} if _is_function(plain) else plain
+
+
 def _is_function(node: Any) -> bool:
-    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    target = node.get("_target_") if isinstance(node, Mapping) else None
     if target is None or "_partial_" in node:
         return False
     try:

@@ -12,11 +12,11 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.config import CONFIG_DIR, command, differences, flatten, refuse_unknown, resolved
 from lit_rlhf.errors import UserError
+from lit_rlhf.overrides import decode_key, encode_key, quote
 from lit_rlhf.run_folder import CONFIG, read_summary, replace_file
 from lit_rlhf.terminal import print_result
 from lit_rlhf.train import optimized_value, train
@@ -156,37 +156,6 @@ def to_overrides(values: dict[str, Any]) -> list[str]:
     ['kl.coef=0.1', 'critic=separate', "tags=['a b']"]
     """
     return [f"{decode_key(key)}={quote(value)}" for key, value in flatten(values).items()]
-
-
-def encode_key(key: str) -> str:
-    """``kl.coef`` as one name, so that ``ppo.kl=adaptive ppo.kl.target=3`` are two keys and not a tree with one branch.
-
-    >>> encode_key("reward@gold.on"), decode_key(encode_key("reward@gold.on"))
-    ('reward-at-gold--on', 'reward@gold.on')
-    """
-    return key.replace("@", "-at-").replace(".", "--")
-
-
-def decode_key(key: str) -> str:
-    return key.replace("--", ".").replace("-at-", "@")
-
-
-def quote(value: Any) -> str:
-    """A value in Hydra's override grammar."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        # A bare word, unless Hydra would read another type from it
-        if re.fullmatch(r"[A-Za-z_/][\w./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
-            return value
-        return QuotedString(value, Quote.single).with_quotes()
-    if isinstance(value, list):
-        return "[" + ",".join(quote(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{quote(item)}" for key, item in value.items()) + "}"
-    return str(value)
 
 
 @command("pipeline")

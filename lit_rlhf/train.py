@@ -2,9 +2,6 @@
 
 import gc
 import logging
-import math
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +12,16 @@ import torch
 import yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.config import command, differences, instantiate, instantiate_all, refuse_unknown, resolved
 from lit_rlhf.errors import UserError
-from lit_rlhf.machine import best_precision, keep_freed_memory
+from lit_rlhf.loggers import CSVLogger
+from lit_rlhf.machine import best_precision, keep_freed_memory, peak_memory_gb, reset_peak_memory
 from lit_rlhf.quiet import quiet
-from lit_rlhf.run_folder import write_summary
+from lit_rlhf.run_folder import read_summary, write_summary
+from lit_rlhf.sweep import label_job
 from lit_rlhf.terminal import print_config
 
 log = logging.getLogger(__name__)
@@ -67,12 +66,14 @@ def build(config: DictConfig) -> Run:
     parts = {name: instantiate(config[name], name) for name in PARTS if name in config}
     algorithm = instantiate(config.algorithm, "algorithm", seed=config.seed, **parts)
     precision = best_precision() if config.trainer.precision == "auto" else config.trainer.precision
+    loggers = instantiate_all(config.get("logger"), "logger")
+    if not any(isinstance(logger, CSVLogger) for logger in loggers):
+        loggers.append(CSVLogger(save_dir=str(folder)))  # summary and report are made from its rows
     trainer = instantiate(
-        config.trainer,
+        OmegaConf.merge(config.trainer, {"precision": precision}),
         "trainer",
-        precision=precision,
         default_root_dir=str(folder),
-        logger=instantiate_all(config.get("logger"), "logger") or False,
+        logger=loggers,
         callbacks=instantiate_all(config.get("callbacks"), "callbacks"),
     )
     if trainer.world_size > 1:  # before the fit, which would start the other processes
@@ -92,10 +93,13 @@ def train(config: DictConfig) -> float | None:
         UserError: a mistake in the config, the data or the reward. What the run wrote so far stays.
     """
     start = time.perf_counter()
+    reset_peak_memory()
     run = build(config)
     checkpoint = find_checkpoint(config.ckpt_path, run)
-    if checkpoint is None:
+    continued = checkpoint is not None and Path(checkpoint).absolute().is_relative_to(run.folder)
+    if not continued:
         require_unused(run.folder)
+    before = read_summary(run.folder) if continued else {}
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
     write_summary(run.folder, status="running")  # a run that is killed does not look complete
@@ -121,8 +125,8 @@ def train(config: DictConfig) -> float | None:
         summary = write_summary(
             run.folder,
             status=status,
-            wall_seconds=round(time.perf_counter() - start, 1),
-            peak_memory_gb=peak_memory_gb(),
+            wall_seconds=round(before.get("wall_seconds", 0.0) + time.perf_counter() - start, 1),
+            peak_memory_gb=max(before.get("peak_memory_gb", 0.0), peak_memory_gb()),
             **run.algorithm.axes,
         )
         close(run.trainer.loggers, summary)
@@ -136,16 +140,13 @@ def train(config: DictConfig) -> float | None:
 
 
 def optimized_value(summary: dict[str, Any], name: str | None) -> float | None:
-    """The last value of the metric ``name`` in a run's summary; None without a name.
-
-    Raises:
-        UserError: the run did not log it.
-    """
+    """The last value of the metric ``name`` in a run's summary; None without a name, or, with a warning, without it."""
     if name is None:
         return None
     if name not in summary:
-        logged = sorted(key for key in summary if "/" in key)
-        raise UserError(f"optimized_metric={name} was not logged by this run, which is complete: {', '.join(logged)}")
+        logged = ", ".join(sorted(key for key in summary if "/" in key)) or "none"
+        log.warning("optimized_metric=%s was not logged, so a sweeper gets no value; logged were: %s", name, logged)
+        return None
     return float(summary[name])
 
 
@@ -173,14 +174,7 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
         if ckpt_path == "auto":
             return None
         raise UserError(f"ckpt_path={ckpt_path}: there is no such file")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise UserError(
-            f"ckpt_path={path} cannot be read as a checkpoint: {(str(error).splitlines() or [repr(error)])[0]}"
-        ) from error
-    if not isinstance(stored, dict) or "lit_rlhf" not in stored:
-        raise UserError(f"ckpt_path={path} was not written by a lit_rlhf run: its training state is missing")
+    _, stored = read_checkpoint(path)
     # Without a config it comes from a script's own Trainer.
     if stored["config"] and (changed := differences(stored["config"], run.config, _MAY_DIFFER)):
         raise UserError(
@@ -189,6 +183,23 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
             + "\nContinue with the old values, or start a new run in another folder (paths.output_dir=...)."
         )
     return str(path)
+
+
+def read_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
+    """A checkpoint's path and content.
+
+    Raises:
+        UserError: it cannot be read, or no run of lit_rlhf wrote it.
+    """
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(
+            f"ckpt_path={path} cannot be read as a checkpoint: {(str(error).splitlines() or [repr(error)])[0]}"
+        ) from error
+    if not isinstance(stored, dict) or "lit_rlhf" not in stored:
+        raise UserError(f"ckpt_path={path} was not written by a lit_rlhf run: its training state is missing")
+    return str(path), stored
 
 
 def require_unused(folder: Path) -> None:
@@ -201,17 +212,11 @@ def require_unused(folder: Path) -> None:
             )
 
 
-def peak_memory_gb() -> float:
-    """The largest resident memory of this process so far, in units of 1e9 bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
-
-
 @command("train")
 def main(config: DictConfig) -> float | None:
+    label_job(config)
     print_config(resolved(config))
-    value = train(config)
-    return None if value is None or math.isnan(value) else value
+    return train(config)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lit_rlhf.config import CONFIG_DIR
 
@@ -56,6 +57,13 @@ def test_the_example_package_plugs_in_from_outside(tmp_path):
 COMPOSED = [c for c in commands() if c.split()[1] in ("train", "pipeline", "eval", "sample")]
 
 
+def first_value(argument):
+    """Of a sweep."""
+    override = OverridesParser.create().parse_override(argument)
+    values = override.sweep_string_iterator() if override.is_sweep_override() else None
+    return f"{argument.partition('=')[0]}={next(values)}" if values else argument
+
+
 # The one with a --config-dir is run above.
 @pytest.mark.parametrize("command", [c for c in COMPOSED if "--config-dir" not in c])
 def test_every_command_composes(command):
@@ -64,7 +72,8 @@ def test_every_command_composes(command):
     if name == "pipeline":
         nested = r"(?!data\.|paths\.|hydra\.)\w+\.[\w.]+="
         overrides = [f"++{a}" if re.match(nested, a) else a for a in overrides]
-        overrides = [re.sub(r"=([^,\[]*),.*", r"=\1", a) for a in overrides]  # the first value of a sweep
+    if "-m" in arguments:
+        overrides = [first_value(a) for a in overrides]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         compose(name, overrides=overrides)
 

@@ -19,6 +19,7 @@ from lit_rlhf.train import _OWN, _PLAIN, PARTS
 
 GROUP_FILES = sorted(p.relative_to(CONFIG_DIR) for p in CONFIG_DIR.glob("*/**/*.yaml"))
 EXPERIMENTS = [path for path in GROUP_FILES if path.parts[0] == "experiment"]
+WITH_COMMAND = [path for path in GROUP_FILES if path.parts[0] in ("experiment", "hparams_search")]
 PIPELINE_ONLY = {"experiment/human_ratings", "hydra/pipeline", "paths/pipeline"}
 MEMBERS = [str(path.with_suffix("")) for path in GROUP_FILES]
 #: What train.py hands to an algorithm besides its YAML.
@@ -40,8 +41,8 @@ def composed(*overrides: str, command: str = "train", fill: bool = True) -> dict
 def test_every_group_file_is_listed():
     groups = {path.parts[0] for path in GROUP_FILES}
     assert groups == {
-        "algorithm", "callbacks", "clip", "critic", "data", "debug", "entropy", "experiment", "hydra", "kl", "logger",
-        "optimizer", "paths", "policy", "reward", "sampler", "scheduler", "trainer",
+        "algorithm", "callbacks", "clip", "critic", "data", "debug", "entropy", "experiment", "hparams_search", "hydra",
+        "kl", "logger", "optimizer", "paths", "policy", "reward", "sampler", "scheduler", "trainer",
     }  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def targets() -> dict[str, dict[str, Any]]:
     found = {}
     for member in MEMBERS:
         group, _, choice = member.partition("/")
-        if group in ("experiment", "debug", "hydra", "paths"):
+        if group in ("experiment", "hparams_search", "debug", "hydra", "paths"):
             continue
         for key, node in nodes(composed(f"{group}={choice}")):
             if key.split(".")[0] == group:
@@ -157,10 +158,11 @@ def commands_of(experiment: Path) -> list[str]:
     return shlex.split(re.sub(r"<[^>]*>", "some", lines[1].removeprefix("# lit-rlhf ")))
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str)
-def test_an_experiment_opens_with_the_command_that_runs_it(experiment):
-    command, *overrides = commands_of(experiment)
-    assert f"experiment={experiment.relative_to('experiment').with_suffix('')}" in overrides
+@pytest.mark.parametrize("file", WITH_COMMAND, ids=str)
+def test_an_experiment_or_search_opens_with_the_command_that_runs_it(file):
+    command, *overrides = commands_of(file)
+    overrides = [override for override in overrides if override != "-m"]
+    assert f"{file.parts[0]}={file.relative_to(file.parts[0]).with_suffix('')}" in overrides
     assert composed(*overrides, command=command, fill=False)["task_name"]  # no value is left to give
 
 

@@ -1,0 +1,167 @@
+"""What a Hydra multirun leaves in its folder: sweep.csv, one row for every job, and one report over all of them.
+
+A job that fails ends none of the others. The command fails at its end instead, and names the jobs that did.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.overrides import split_override
+from lit_rlhf.run_folder import finite, format_rows, read_summary, replace_file
+
+log = logging.getLogger(__name__)
+
+TABLE = "sweep.csv"
+JOB = "job.json"  # in a job's folder, so that it does not matter in which process, or on which machine, the job ran
+
+
+class Sweep(Callback):
+    """Hydra's callback of every command. Hydra copies it into the jobs' processes. Does nothing in a single run."""
+
+    _open: ClassVar["Sweep | None"] = None  # in the process that launches the jobs
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._threads: int | None = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self._folder = Path(config.hydra.sweep.dir).absolute()
+        self._threads = threads_per_job(config.hydra.launcher)
+        for earlier in self._folder.rglob(JOB):
+            earlier.unlink()
+        Sweep._open = self
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        if self._folder is None:
+            return
+        if self._threads is not None:
+            import torch
+
+            torch.set_num_threads(self._threads)
+        _note(config, status="interrupted")  # what stays of a job that is killed
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if self._folder is None:
+            return
+        try:
+            value = finite(job_return.return_value)
+            _note(config, status="completed", value=value)
+        except Exception as error:
+            value = None
+            _note(config, status="failed", error=str(error).strip())
+            expected = isinstance(error, CompactHydraException) and os.environ.get("HYDRA_FULL_ERROR") != "1"
+            log.error("job %s failed: %s", config.hydra.job.num, str(error).strip(), exc_info=not expected)
+        # Sweepers raise what a job raised. Without a value, Optuna calls the trial failed; a NaN would end its search.
+        job_return.status, job_return.return_value = JobStatus.COMPLETED, value
+
+    def on_multirun_end(self, **_: Any) -> None:
+        failed = self._close()
+        if failed:
+            sys.exit(failed)  # of exceptions Hydra makes warnings
+
+    @classmethod
+    def cut_short(cls) -> None:
+        """Writes what there is of a multirun that ended by an exception, of which Hydra tells no callback."""
+        if cls._open is not None:
+            cls._open._close()
+
+    def _close(self) -> str:
+        """Writes sweep.csv and the report; returns a message that names the failed jobs, if any."""
+        Sweep._open = None
+        jobs = read_jobs(self._folder)
+        failed = [job for job in jobs if job["status"] == "failed"]
+        varied = [k for k in _keys(jobs, "overrides") if len({str(job["overrides"].get(k)) for job in jobs}) > 1]
+        lines = [f"\n{len(failed)} of {len(jobs)} jobs failed, see {self._folder / TABLE}:"]
+        for job in failed:
+            chosen = " ".join(f"{key}={value}" for key, value in job["overrides"].items() if key in varied)
+            lines.append(f"  {job['job']} ({chosen}): {job['error'].partition(chr(10))[0]}")
+        if jobs:
+            write_table(self._folder, jobs)
+            write_report(self._folder)
+        return "\n".join(lines) if failed else ""
+
+
+def threads_per_job(launcher: DictConfig) -> int | None:
+    """torch's threads in each of several jobs that share a machine; None leaves them as they are.
+
+    Joblib's jobs share the threads that a single run would have. Submitit's have what they ask for; on one machine, it
+    starts all of them at once. Ray gives every job its ``num_cpus`` itself.
+    """
+    if "n_jobs" in launcher:
+        import joblib
+        import torch
+
+        return max(1, torch.get_num_threads() // joblib.effective_n_jobs(launcher.n_jobs))
+    if launcher.get("cpus_per_task"):
+        return launcher.cpus_per_task
+    return 1 if launcher._target_.endswith("submitit_launcher.LocalLauncher") else None
+
+
+def label_job(config: DictConfig) -> None:
+    """Gives a job of a multirun its W&B group, the multirun's folder, and name, its overrides, unless they are set."""
+    logger = (config.get("logger") or {}).get("wandb")
+    if logger is None or not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    hydra = HydraConfig.get()
+    logger.group = logger.group or Path(hydra.sweep.dir).name
+    logger.name = logger.name or f"{hydra.job.num} {hydra.job.override_dirname}"[:128]  # W&B takes no longer ones
+
+
+def _note(config: DictConfig, status: str, value: float | None = None, error: str = "") -> None:
+    hydra = config.hydra
+    overrides = dict(map(split_override, hydra.overrides.task))
+    job = {"job": hydra.job.num, "overrides": overrides, "status": status, "value": value, "error": error}
+    replace_file(Path(hydra.runtime.output_dir) / JOB, json.dumps(job, indent=2) + "\n")
+
+
+def read_jobs(folder: Path) -> list[dict[str, Any]]:
+    """What the jobs of a multirun noted, in their order, each with its ``folder`` and its run's ``summary``."""
+    jobs = [
+        json.loads(path.read_text()) | {"folder": path.parent, "summary": read_summary(path.parent)}
+        for path in folder.rglob(JOB)
+    ]
+    return sorted(jobs, key=lambda job: job["job"])
+
+
+def write_table(folder: Path, jobs: list[dict[str, Any]]) -> None:
+    """Writes sweep.csv; a job is blank where it lacks a value."""
+    rows = [
+        {
+            **{"job": job["job"], "status": job["status"]},
+            **job["overrides"],
+            **{"optimized_metric": job["value"]},
+            **{name: value for name, value in job["summary"].items() if name != "status"},
+            **{"error": job["error"], "folder": job["folder"].relative_to(folder)},
+        }
+        for job in jobs
+    ]
+    overrides, metrics = _keys(jobs, "overrides"), [k for k in _keys(jobs, "summary") if k != "status"]
+    columns = ["job", "status", *overrides, "optimized_metric", *metrics, "error", "folder"]
+    texts = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+    replace_file(folder / TABLE, format_rows(columns, texts, header=True))
+    log.info("%d jobs: %s", len(jobs), folder / TABLE)
+
+
+def write_report(folder: Path) -> None:
+    from lit_rlhf.report import build_report  # here, because its plotting library takes half a second to import
+
+    try:
+        log.info("report: %s", build_report(folder))
+    except UserError as error:
+        log.warning("no report: %s", error)
+
+
+def _keys(jobs: list[dict[str, Any]], part: str) -> list[str]:
+    return list(dict.fromkeys(key for job in jobs for key in job[part]))
