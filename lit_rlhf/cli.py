@@ -9,7 +9,7 @@ COMMANDS = {
     "train": "one training run: lit-rlhf train algorithm=ppo kl.coef=0.1",
     "pipeline": "SFT, reward model, PPO and report in one go: lit-rlhf pipeline experiment=human_ratings",
     "eval": "held-out prompts through a finished run: lit-rlhf eval run=outputs/human_ratings/ppo",
-    "report": "report.html of runs or pipelines: lit-rlhf report outputs/human_ratings",
+    "report": "report.html of a run or pipeline, or several side by side: lit-rlhf report outputs/human_ratings",
     "sample": "completions of policies side by side: lit-rlhf sample policies=[smollm2] prompts=['A film that']",
     "fetch": "models and data into the cache: lit-rlhf fetch smollm2 minilm human_ratings",
 }

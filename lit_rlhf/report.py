@@ -1,39 +1,37 @@
-"""report.html: what a run, or a pipeline of runs, changed, on one page that opens from disk.
+"""report.html: what a run, a pipeline of runs, or several runs side by side changed, on one page that opens from disk.
 
 The page is made of what the run folder holds (config.yaml, metrics.csv, samples.jsonl, summary.json), also of a run
 that is still going, and says what is missing. It needs no network and no script; everything that a model or a user
 wrote is escaped.
 """
 
-from importlib.resources import files
 from pathlib import Path
-
-from jinja2 import Environment, StrictUndefined
 
 from lit_rlhf.config import plain_command
 from lit_rlhf.errors import UserError
 from lit_rlhf.report_charts import png
+from lit_rlhf.report_comparison import build_comparison, common_folder, is_multirun
 from lit_rlhf.report_section import STAGES, definition, is_run, load_runs, main_panels, make_section
-from lit_rlhf.report_text import number, signed
+from lit_rlhf.report_text import render
 from lit_rlhf.run_folder import replace_file
 
 REPORT, PICTURE = "report.html", "report.png"
 
 
 def build_report(path: Path) -> Path:
-    """Writes `<path>/report.html` for a run folder of any stage, or for a pipeline folder, and returns its path.
+    """Writes `<path>/report.html` for a run folder of any stage, a pipeline or a multirun folder; returns its path.
 
     Raises:
-        UserError: the folder is neither, or a file in it cannot be read.
+        UserError: the folder is none of these, or a file in it cannot be read.
     """
     path = Path(path)
+    if is_multirun(path):
+        return build_comparison([path], path)
     runs = load_runs(path)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "signed": signed}
-    template = environment.from_string((files("lit_rlhf") / "report.html.jinja").read_text(encoding="utf-8"))
     pipeline = runs[0].path != path
     usual = pipeline and all(run.path.name in STAGES for run in runs)
-    page = template.render(
+    page = render(
+        "report.html.jinja",
         title=path.absolute().name,
         pipeline=pipeline,
         sections=[make_section(run) for run in runs],
@@ -64,13 +62,13 @@ def picture(path: Path) -> Path:
     return path / PICTURE
 
 
-USAGE = "lit-rlhf report FOLDER [FOLDER ...]: folders of runs or pipelines"
+USAGE = "lit-rlhf report FOLDER [FOLDER ...]: a run, a pipeline or a multirun; several are compared on one page"
 
 
 @plain_command(USAGE)
 def main(arguments: list[str]) -> None:
-    """Writes report.html into each of the named run or pipeline folders."""
+    """Writes report.html into the named folder; for several, a comparison into `comparison/` beside them."""
     if not arguments:
         raise UserError(f"usage: {USAGE}")
-    for argument in arguments:
-        print(build_report(Path(argument)))
+    paths = [Path(argument) for argument in arguments]
+    print(build_report(paths[0]) if len(paths) == 1 else build_comparison(paths, common_folder(paths)))

@@ -1,7 +1,9 @@
-"""How a report writes numbers, durations and settings."""
+"""How a report writes numbers, durations and settings, and fills its templates."""
 
 import math
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -60,3 +62,16 @@ def settings_line(value: Any, prefix: str = "") -> str:
         if item is not None and not str(key).startswith("_")
     ]
     return " · ".join(part for part in [f"{prefix} {name}".strip() if name else "", *parts] if part)
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of this package, with every value escaped."""
+    environment = Environment(
+        loader=PackageLoader("lit_rlhf", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "signed": signed}
+    return environment.get_template(template).render(values)
