@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.overrides import replace_parts
 from lit_rlhf.sweep import Sweep
 
 _PACKAGE = Path(__file__).parent
@@ -46,6 +47,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
         @functools.wraps(task)
         def main() -> None:
+            sys.argv[1:] = replace_parts(sys.argv[1:])
             try:
                 run()
             except BaseException:

@@ -37,6 +37,30 @@ def quote(value: Any) -> str:
     return str(value)
 
 
+#: The parts of a config that a user's own class may take the place of, and the groups that choose them.
+_OWN = {
+    **{name: name for name in ("data", "policy", "reward", "kl", "clip", "entropy", "sampler")},
+    "gold": "reward@gold",
+}
+
+
+def replace_parts(overrides: list[str]) -> list[str]:
+    """Lets ``data._target_=my_pkg.MyPrompts`` take the place of a whole part, with only the keys that are given.
+
+    Otherwise the keys of the group's member would stay and go to a class that does not read them. Where the member is
+    named, too, as in ``data=list data._target_=...``, they do stay.
+
+    >>> replace_parts(["data._target_=my_pkg.MyPrompts", "data.opening=A film", "kl.coef=0.1"])
+    ['+data._target_=my_pkg.MyPrompts', '+data.opening=A film', 'kl.coef=0.1', '~data']
+    """
+    chosen = {override.partition("=")[0] for override in overrides}
+    own = [part for part, group in _OWN.items() if f"{part}._target_" in chosen and group not in chosen]
+    return [
+        *(f"+{override}" if override.partition(".")[0] in own else override for override in overrides),
+        *(f"~{_OWN[part]}" for part in own),
+    ]
+
+
 def split_override(override: str) -> tuple[str, str]:
     """The key and the value of an override, as text.
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.config import CONFIG_DIR, command, differences, flatten, refuse_unknown, resolved
 from lit_rlhf.errors import UserError
-from lit_rlhf.overrides import decode_key, encode_key, quote
+from lit_rlhf.overrides import decode_key, encode_key, quote, replace_parts
 from lit_rlhf.run_folder import CONFIG, read_summary, replace_file
 from lit_rlhf.terminal import print_result
 from lit_rlhf.train import optimized_value, train
@@ -90,11 +90,12 @@ def run_pipeline(config: DictConfig) -> float | None:
 def compose_stage(overrides: list[str]) -> DictConfig:
     """A ``train`` config from overrides, as the command line would compose it."""
     # Hydra keeps one composer per process, and the pipeline's own is in use: put it back afterwards.
+    overrides = [*replace_parts(overrides), f"hydra.searchpath={quote(user_config_dirs())}"]
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-            return compose("train", overrides=[*overrides, f"hydra.searchpath={quote(user_config_dirs())}"])
+            return compose("train", overrides=overrides)
     finally:
         GlobalHydra.instance().clear()
         if outer is not None:
