@@ -69,6 +69,7 @@ _HOME = {
     "CSVLogger": "loggers",
     "WandbLogger": "loggers",
     "Samples": "callbacks",
+    "Distributions": "callbacks",
     "Progress": "callbacks",
     "Sweep": "sweep",
     "build_report": "report",

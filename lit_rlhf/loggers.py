@@ -1,11 +1,14 @@
 """Where the metrics of a run go: metrics.csv in the run folder, and Weights & Biases.
 
-Both loggers take one row per iteration, `log_metrics(row, step=iteration)`. Both have `resume_from(iteration)`,
-which the algorithm calls when training starts: the iteration of the checkpoint it continues from, -1 if none.
+Both loggers take one row per iteration, `log_metrics(row, step=iteration)`, as Lightning's own do. Both also have
+`resume_from(iteration)`, which the algorithm calls when training starts: the iteration of the checkpoint it continues
+from, -1 if none.
 """
 
 import contextlib
+import math
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +20,11 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
+from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
 from lit_rlhf.metrics import AXES
-from lit_rlhf.run_folder import METRICS, finite, format_rows, read_rows, replace_file
+from lit_rlhf.run_folder import METRICS, format_rows, read_rows, replace_file
+from lit_rlhf.wandb_objects import distributions, input_artifacts, output_artifact, samples_table
 
 
 class CSVLogger(Logger):
@@ -117,22 +122,33 @@ class WandbLogger(LightningWandbLogger):
     warning, and training goes on without it. A run that cannot go online is recorded offline. Nothing ever asks
     at the terminal.
 
-    All metrics have `iteration` as their step; every row also carries `episode` and `tokens` to plot against. A
-    run that continues from a checkpoint is a new W&B run of the same group, with the id of the run before it as
-    `resumed_from` in its config: two offline runs of one id would overwrite each other when synced.
+    Every row carries `iteration`, `episode` and `tokens`; `step_metric` says which one W&B plots everything against,
+    and any panel can be switched to another.
+
+    Artifacts show where a policy came from: the configuration of a run's data and the models of other runs that it
+    reads are its inputs, its exported `model/` is its output. They are references unless `log_model` is set.
+
+    A run that continues from a checkpoint in its folder goes on in the same W&B run if that one was online. Offline it
+    is a new run of the same group, with the id of the run before it as `resumed_from` in its config: two offline runs
+    of one id would overwrite each other when synced.
+
+    An alert is sent when the KL passes `alert_kl`, when a metric is NaN and when a run fails, each once a run.
 
     Args:
         save_dir: the run folder; W&B's files land in `<save_dir>/wandb`.
         project: W&B project.
         entity: W&B user or team; None: the account's default.
-        name: display name of the run; None: W&B invents one.
-        group: sweep or experiment that the run belongs to.
+        name: display name of the run; None: `WANDB_NAME` if set, else the job type and the name of the run folder.
+        group: sweep or experiment that the run belongs to; None: the W&B sweep, in one.
         job_type: stage: sft, reward_model, ppo, …
         tags: free labels.
         mode: online, offline or disabled. None: `WANDB_MODE` if set, else online if there is a key, else offline.
+        step_metric: x axis of every metric: iteration, episode or tokens.
+        log_model: upload the files of `<save_dir>/model` at the end, instead of referring to the folder.
+        alert_kl: > 0, the `objective/kl`, in nats, above which an alert is sent; None: never.
 
     Raises:
-        UserError: `mode` is none of these.
+        UserError: a mode or axis that there is not, a threshold that is not positive.
     """
 
     def __init__(
@@ -146,15 +162,27 @@ class WandbLogger(LightningWandbLogger):
         job_type: str | None = None,
         tags: Sequence[str] = (),
         mode: Literal["online", "offline", "disabled"] | None = None,
+        step_metric: Literal["iteration", "episode", "tokens"] = "iteration",
+        log_model: bool = False,
+        alert_kl: float | None = None,
     ) -> None:
         if mode not in (None, "online", "offline", "disabled"):
             raise UserError(f"WandbLogger: mode={mode!r}: choose online, offline, disabled or null.")
+        if step_metric not in AXES:
+            raise UserError(f"WandbLogger: step_metric={step_metric!r}: choose {', '.join(AXES)}.")
+        name = name or os.environ.get("WANDB_NAME") or f"{job_type or project} {Path(save_dir).absolute().name}"[:128]
+        group = group or os.environ.get("WANDB_SWEEP_ID")
         # wandb takes a relative folder for the name of a git repository
         super().__init__(save_dir=Path(save_dir).absolute(), project=project, name=name)
         self._mode = mode
         self._labels = {"entity": entity, "group": group, "job_type": job_type, "tags": list(tags)}
+        self._step_metric = step_metric
+        self._log_files = log_model
+        self._alert_kl = None if alert_kl is None else check_number("logger.wandb.alert_kl", alert_kl, above=0)
+        self._alerted: set[str] = set()
         self._started_here = False  # also False for a run that the user opened before
-        self._previous_id: str | None = None
+        self._previous_id: str | None = None  # of the run before this one in the folder
+        self._same_run: dict[str, str] = {}  # how wandb is told to go on in it
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process cannot use this one's connection.
@@ -172,7 +200,10 @@ class WandbLogger(LightningWandbLogger):
         if wandb.run is not None and wandb.run.id not in _OPENED:
             self._experiment = wandb.run  # the user's own, say that of `wandb.agent(function=…)`
         else:
-            self._previous_id = _latest_run_id(Path(self._save_dir))
+            self._previous_id, online = _latest_run(Path(self._save_dir))
+            # Only a run that continues is let into a folder that holds a checkpoint.
+            if online and Path(self._save_dir, "checkpoints", "last.ckpt").exists():
+                self._same_run = {"id": self._previous_id, "resume": "allow"}
             Path(self._save_dir).mkdir(parents=True, exist_ok=True)
             self._experiment = self._open()
             self._started_here = True
@@ -181,7 +212,7 @@ class WandbLogger(LightningWandbLogger):
                 rank_zero_info(f"W&B: {self._experiment.url}")
         for axis in AXES:
             self._experiment.define_metric(axis)
-        self._experiment.define_metric("*", step_metric="iteration")
+        self._experiment.define_metric("*", step_metric=self._step_metric)
 
     def _open(self) -> Any:
         mode = self._mode or os.environ.get("WANDB_MODE") or None
@@ -216,6 +247,7 @@ class WandbLogger(LightningWandbLogger):
                 **{name: s for name, s in seconds.items() if f"WANDB_{name.upper()}" not in os.environ},
             ),
             **self._labels,
+            **(self._same_run if mode == "online" else {}),
         )
 
     def _attempt(self, what: str, action: Callable[[], Any]) -> None:
@@ -236,22 +268,44 @@ class WandbLogger(LightningWandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
-        """Puts the parameters, say the resolved configuration, into the run's config."""
+        """Puts the parameters, say the resolved configuration, into the run's config, and notes what they read."""
         log = super().log_hyperparams
         self._attempt("log the configuration", lambda: log(params))
+        self._attempt("note the run's inputs", lambda: self._log_inputs(params))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Logs one row. `step` is the iteration, unless the row names it itself."""
         row = dict(metrics) if step is None else {"iteration": step, **metrics}
-        self._attempt("log a row", lambda: self.experiment.log(row))
+        self._attempt("log a row", lambda: self._log_row(row))
+
+    def _log_row(self, row: dict[str, Any]) -> None:
+        self.experiment.log(row)
+        when = f"iteration {row.get('iteration')}"
+        if self._alert_kl is not None and (kl := float(row.get("objective/kl", 0.0))) > self._alert_kl:
+            self._alert("KL blow-up", f"{when}: objective/kl is {kl:.4g} nats, over {self._alert_kl:g}")
+        if nans := [name for name, value in row.items() if isinstance(value, float) and math.isnan(value)]:
+            self._alert("NaN", f"{when}: {', '.join(nans)}")
+
+    def _alert(self, title: str, text: str) -> None:
+        if title not in self._alerted:
+            self._alerted.add(title)
+            self.experiment.alert(title=title, text=text, level="ERROR")
 
     @rank_zero_only
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Logs completions, dicts as in samples.jsonl, as the table `samples`. `step` is the iteration."""
         self._attempt(
-            "log samples", lambda: self.experiment.log({"samples": _samples_table(rows), "iteration": step})
+            "log samples", lambda: self.experiment.log({"samples": samples_table(rows), "iteration": step})
         )
+
+    @rank_zero_only
+    def log_distributions(self, values: Mapping[str, Sequence[float]], step: int) -> None:
+        """Logs each as the histogram `distribution/<name>`, and `scores` against `kl` as the scatter plot `kl_reward`.
+
+        What is not finite is left out. `step` is the iteration.
+        """
+        self._attempt("log distributions", lambda: self.experiment.log({**distributions(values), "iteration": step}))
 
     @rank_zero_only
     def log_summary(self, summary: Mapping[str, float | str]) -> None:
@@ -260,16 +314,38 @@ class WandbLogger(LightningWandbLogger):
 
     @rank_zero_only
     def resume_from(self, iteration: int) -> None:
-        """Notes in the config which earlier run of this folder is continued; nothing for a fresh run (-1)."""
+        """Notes in the config which earlier run of this folder a new one continues; nothing for a fresh run (-1)."""
         config = self.experiment.config
         if iteration < 0:
             self._previous_id = None  # whoever used the folder before
-        elif self._previous_id:
+        elif self._previous_id not in (None, self.experiment.id):
             self._attempt("log the configuration", lambda: config.update({"resumed_from": self._previous_id}))
+
+    def _log_inputs(self, params: dict[str, Any] | Namespace) -> None:
+        config = dict(params) if isinstance(params, Mapping) else vars(params)
+        for artifact in input_artifacts(config):
+            # The public `use_artifact` refuses to work offline, and online it waits for the server.
+            self.experiment._log_artifact(artifact, use_after_commit=True)
+
+    def _log_output(self) -> None:
+        folder = Path(self._save_dir, "model")
+        if folder.is_dir() and not self._experiment.disabled:  # a _NoRun is, too
+            artifact = output_artifact(folder, f"model-{self._experiment.id}", files=self._log_files)
+            self._experiment.log_artifact(artifact)
 
     @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:
-        """Closes the run, as failed unless `exit_code` is 0. Nothing is logged after it. Safe to call twice."""
+        """Closes the run, as failed unless `exit_code` is 0. Nothing is logged after it. Safe to call twice.
+
+        A run that ends well leaves its model as an artifact, one that fails an alert; one that is interrupted neither.
+        """
+        if self._experiment is not None:
+            error = sys.exc_info()[1]  # what ended the run, on its way through the caller's `except` or `finally`
+            text = f"{type(error).__name__}: {error}" if error else f"exit code {exit_code}"
+            if exit_code == 0:
+                self._attempt("log the model", self._log_output)
+            elif not isinstance(error, KeyboardInterrupt | SystemExit):
+                self._attempt("send an alert", lambda: self._alert("Run failed", text))
         if self._started_here:
             self._attempt("finish", lambda: self._experiment.finish(exit_code=exit_code))
         self._experiment, self._started_here = _NoRun(), False
@@ -285,26 +361,13 @@ class WandbLogger(LightningWandbLogger):
 _OPENED: set[str] = set()
 
 
-def _latest_run_id(save_dir: Path) -> str | None:
+def _latest_run(save_dir: Path) -> tuple[str | None, bool]:
+    """The id of the newest W&B run of a run folder, and whether it was online."""
     # The folders are named [offline-]run-<time>-<id>.
-    names = [path.name.removeprefix("offline-") for path in save_dir.glob("wandb/*run-*-*")]
-    return max(names).rsplit("-", 1)[1] if names else None
+    names = {path.name.removeprefix("offline-"): path.name for path in save_dir.glob("wandb/*run-*-*")}
+    newest = max(names, default=None)
+    return (newest and newest.rsplit("-", 1)[1], newest is not None and names[newest] == newest)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-def _samples_table(rows: Sequence[Mapping[str, Any]]) -> wandb.Table:
-    plain = ["iteration", "split", "prompt", "completion", "score", "kl", "length"]
-    nested = [(kind, name) for kind in ("components", "gold") for name in rows[0].get(kind, {})]
-    return wandb.Table(
-        columns=[*plain, *(f"{kind}/{name}" for kind, name in nested)],
-        data=[
-            [
-                *(finite(row.get(name)) for name in plain),
-                *(finite(row.get(kind, {}).get(name)) for kind, name in nested),
-            ]
-            for row in rows
-        ],
-    )

@@ -264,6 +264,47 @@ def test_a_resumed_run_is_new_in_the_same_group_and_names_the_old_one(tmp_path):
     assert not [row for row in ids[resumed.config["resumed_from"]].history if row["iteration"] == 3]
 
 
+def test_a_nan_alerts_once(tmp_path):
+    logger = WandbLogger(save_dir=tmp_path, alert_kl=5.0)
+    for step in (1, 2):
+        logger.log_metrics({"objective/kl": math.nan, "a": 1.0, "b": math.nan}, step=step)
+    logger.finish()
+    (run,) = runs(tmp_path)
+    assert run.alerts == {"NaN": "iteration 1: objective/kl, b"}
+
+
+@pytest.mark.parametrize(
+    ("error", "alerts"),
+    [(KeyboardInterrupt(), {}), (SystemExit(1), {}), (OSError("disk full"), {"Run failed": "OSError: disk full"})],
+)
+def test_an_error_alerts_and_an_interruption_does_not(tmp_path, error, alerts):
+    logger = WandbLogger(save_dir=tmp_path)
+    logger.log_metrics({"a": 1.0}, step=1)
+
+    def fails():
+        try:
+            raise error
+        finally:
+            logger.finish(1)
+
+    with pytest.raises(type(error)):
+        fails()
+    (run,) = runs(tmp_path)
+    assert (run.exit_code, run.alerts) == (1, alerts)
+
+
+def test_distributions_leave_out_what_is_not_finite(tmp_path):
+    logger = WandbLogger(save_dir=tmp_path)
+    logger.log_distributions({"scores": [1.0, math.nan, 2.0], "kl": [0.5, 0.5, math.inf], "ratios": []}, step=3)
+    logger.finish()
+    (row,) = runs(tmp_path)[0].history
+    assert row["iteration"] == 3
+    assert (sum(row["distribution/scores/values"]), sum(row["distribution/kl/values"])) == (2, 2)
+    assert not [name for name in row if "ratios" in name]
+    table = json.loads(next(tmp_path.glob("wandb/*run-*/files/media/table/*.json")).read_text())
+    assert (table["columns"], table["data"]) == (["kl", "score"], [[0.5, 1.0]])
+
+
 class Fails(BoringModel):
     def training_step(self, *_):
         raise RuntimeError("deliberate")
@@ -278,7 +319,8 @@ def test_a_failed_fit_closes_the_run_as_failed_and_a_good_one_leaves_it_open(tmp
     good, bad = WandbLogger(save_dir=tmp_path / "good"), WandbLogger(save_dir=tmp_path / "bad")
     with pytest.raises(RuntimeError, match="deliberate"):
         fit(Fails(), logger=bad)
-    assert runs(tmp_path / "bad")[0].exit_code == 1
+    failed = runs(tmp_path / "bad")[0]
+    assert (failed.exit_code, failed.alerts) == (1, {"Run failed": "RuntimeError: deliberate"})
     fit(BoringModel(), logger=good)
     good.log_metrics({"after": 1.0}, step=9)
     good.finish()

@@ -1,8 +1,10 @@
 """What the README shows works: its Python, its example package, and every command composes."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,18 +42,40 @@ def test_the_python_of_the_tour_runs(tmp_path):
     run(["tour.py"], tmp_path)
 
 
-def test_the_example_package_plugs_in_from_outside(tmp_path):
-    package = next(text for text in blocks("python") if "MyPrompts" in text)
-    (tmp_path / "my_pkg.py").write_text(package)
+PLUGGED = [command for command in commands() if "my_pkg" in command or "my_conf" in command]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The example package, built and installed on its own, and its configs, in an empty folder."""
+    folder, source = tmp_path_factory.mktemp("user"), tmp_path_factory.mktemp("source")
+    (source / "my_pkg.py").write_text(next(text for text in blocks("python") if "MyPrompts" in text))
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+        '[project]\nname = "my-pkg"\nversion = "1"\n'
+        '[tool.hatch.build.targets.wheel]\ninclude = ["my_pkg.py"]\n'
+    )
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder), str(source)]
+    subprocess.run([sys.executable, *pip], check=True)
     left, right = zip(*(re.split(r" {2,}(?=# )", line) if "  # " in line else (line, "") for line in
                         next(t for t in blocks("yaml") if "my_pkg" in t).splitlines()), strict=True)  # fmt: skip
     for kind, lines in (("data", left), ("reward", [line.removeprefix("# ") for line in right])):
-        (tmp_path / "my_conf" / kind).mkdir(parents=True)
+        (folder / "my_conf" / kind).mkdir(parents=True)
         text = "\n".join(line for line in lines if not line.startswith(("# my_conf", "my_conf")))
-        (tmp_path / "my_conf" / kind / "mine.yaml").write_text(text)
-    command = next(c for c in commands() if "--config-dir my_conf" in c)
-    out = run(["-m", "lit_rlhf", *shlex.split(command)[1:], "sampler.max_new_tokens=4", "logger=csv"], tmp_path)
-    assert "iteration 2/2" in out
+        (folder / "my_conf" / kind / "mine.yaml").write_text(text)
+    (folder / "my_conf" / "experiment").mkdir()
+    experiment = next(text for text in blocks("yaml") if "my_conf/experiment" in text)
+    (folder / "my_conf" / "experiment" / "mine.yaml").write_text(experiment)
+    return folder
+
+
+@pytest.mark.parametrize("command", PLUGGED)
+def test_the_example_package_plugs_in_from_outside(command, installed):
+    settings = ["sampler.max_new_tokens=4", "logger=csv", "trainer.max_epochs=1", "paths.output_dir=run"]
+    run(["-m", "lit_rlhf", *shlex.split(command)[1:], *settings], installed)
+    prompts = {json.loads(line)["prompt"] for line in (installed / "run/samples.jsonl").read_text().splitlines()}
+    assert all(prompt.startswith("Once " if "data.opening=Once" in command else "The film ") for prompt in prompts)
+    shutil.rmtree(installed / "run")
 
 
 COMPOSED = [c for c in commands() if c.split()[1] in ("train", "pipeline", "eval", "sample")]
@@ -64,8 +88,8 @@ def first_value(argument):
     return f"{argument.partition('=')[0]}={next(values)}" if values else argument
 
 
-# The one with a --config-dir is run above.
-@pytest.mark.parametrize("command", [c for c in COMPOSED if "--config-dir" not in c])
+# Those with the example package are run above.
+@pytest.mark.parametrize("command", [c for c in COMPOSED if c not in PLUGGED])
 def test_every_command_composes(command):
     _, name, *arguments = shlex.split(command)
     overrides = [a for a in arguments if a != "-m"]

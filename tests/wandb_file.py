@@ -32,7 +32,7 @@ def records(path: Path) -> list[Record]:
 
 
 class WandbFile:
-    """What one run wrote: its history rows, config, exit code and run record."""
+    """What one run wrote: its history rows, config, artifacts, alerts, exit code and run record."""
 
     def __init__(self, path: Path) -> None:
         self.records = records(path)
@@ -47,6 +47,10 @@ class WandbFile:
             if record.HasField("config"):
                 for item in record.config.update:
                     self.config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        artifacts = [record.artifact for record in self.records if record.HasField("artifact")]
+        self.inputs = [artifact for artifact in artifacts if artifact.use_after_commit]
+        self.outputs = [a for a in artifacts if not a.use_after_commit and a.type != "run_table"]
+        self.alerts = {record.alert.title: record.alert.text for record in self.records if record.HasField("alert")}
         self.metrics = [record.metric for record in self.records if record.HasField("metric")]
         self.summary = {
             item.key or "/".join(item.nested_key): json.loads(item.value_json)
