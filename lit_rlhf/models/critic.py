@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy, PolicyOutput
-from lit_rlhf.models.sources import resolve_model
+from lit_rlhf.models.sources import not_loaded, resolve_model
 from lit_rlhf.rollout.sampler import position_ids
 
 HEAD_FILE = "value_head.safetensors"
@@ -121,7 +121,7 @@ def _load_reward_model(path: str, policy: Policy) -> PreTrainedModel:
             resolve_model(path), dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"critic.init={path}: no sequence classifier could be loaded: {error}") from error
+        raise not_loaded("critic.init", path, "sequence classifier", error) from error
     if model.config.num_labels != 1:
         raise UserError(f"critic.init={path} has {model.config.num_labels} labels; a critic starts from a model with 1")
     if getattr(model, "score", None) is None:

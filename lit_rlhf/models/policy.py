@@ -19,7 +19,7 @@ from transformers import (
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import entropy_from_logits, selective_logprobs
-from lit_rlhf.models.sources import resolve_model
+from lit_rlhf.models.sources import not_loaded, resolve_model
 from lit_rlhf.rollout.sampler import position_ids
 
 
@@ -109,7 +109,7 @@ class Policy(nn.Module):
                 model = AutoModelForCausalLM.from_pretrained(folder, **settings)
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"policy.path={path}: no causal language model could be loaded: {error}") from error
+            raise not_loaded("policy.path", path, "causal language model", error) from error
         return cls(model=model, tokenizer=tokenizer, lora=lora, gradient_checkpointing=gradient_checkpointing)
 
     @classmethod

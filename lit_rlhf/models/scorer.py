@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.sources import resolve_model
+from lit_rlhf.models.sources import not_loaded, resolve_model
 
 _NO_LIMIT = 10**6  # tokenizers without a length limit say 1e30
 
@@ -75,7 +75,7 @@ class Scorer(nn.Module):
             )
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: no sequence classifier could be loaded: {error}") from error
+            raise not_loaded("path", path, "sequence classifier", error) from error
         if labels is None and report["missing_keys"]:
             raise UserError(
                 f"{path} is not a trained sequence classifier: it has no weights for {sorted(report['missing_keys'])}. "

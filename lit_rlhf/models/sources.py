@@ -117,6 +117,17 @@ def fetch_all(*, force: bool = False) -> dict[str, Path]:
     return {name: fetch(name, force=force) for name in ARTEFACTS}
 
 
+def not_loaded(key: str, name: str, kind: str, error: Exception) -> UserError:
+    """What to say of a model that transformers cannot load; ``key`` is the config key that names it."""
+    reason = f"{key}={name}: no {kind} could be loaded: {error}"
+    if Path(name).is_dir():
+        return UserError(reason)
+    return UserError(
+        f"{reason}\nWhere the hub cannot be reached, download '{name}' elsewhere (hf download {name} --local-dir "
+        f"FOLDER), put the folder on this machine and set {key}=FOLDER; {', '.join(HUB_IDS)} come by `lit-rlhf fetch`."
+    )
+
+
 def resolve_model(name: str) -> str:
     """What to give to `from_pretrained`: a short name's folder, fetched at first use, or the name itself.
 

@@ -104,3 +104,8 @@ def test_a_model_without_a_key_value_cache_is_refused(model_type):
 def test_a_key_that_the_model_config_does_not_read_is_refused():
     with pytest.raises(UserError, match=r"policy\.model_type=gpt2 does not read hiden_size"):
         Policy.from_config(tokenizer="bytes", model_type="gpt2", hidden_size=16, hiden_size=32, n_layer=1, n_head=2)
+
+
+def test_a_model_of_the_hub_that_cannot_be_had_says_what_to_do():
+    with pytest.raises(UserError, match=r"download 'nobody/nothing' elsewhere .*policy\.path=FOLDER; smollm2"):
+        Policy.from_pretrained(path="nobody/nothing")  # the tests run with HF_HUB_OFFLINE=1
