@@ -322,6 +322,8 @@ class WandbLogger(LightningWandbLogger):
             self._attempt("log the configuration", lambda: config.update({"resumed_from": self._previous_id}))
 
     def _log_inputs(self, params: dict[str, Any] | Namespace) -> None:
+        if self.experiment.disabled:  # a _NoRun is, too
+            return
         config = dict(params) if isinstance(params, Mapping) else vars(params)
         for artifact in input_artifacts(config):
             # The public `use_artifact` refuses to work offline, and online it waits for the server.
@@ -329,7 +331,7 @@ class WandbLogger(LightningWandbLogger):
 
     def _log_output(self) -> None:
         folder = Path(self._save_dir, "model")
-        if folder.is_dir() and not self._experiment.disabled:  # a _NoRun is, too
+        if folder.is_dir() and not self._experiment.disabled:
             artifact = output_artifact(folder, f"model-{self._experiment.id}", files=self._log_files)
             self._experiment.log_artifact(artifact)
 

@@ -441,9 +441,12 @@ def test_a_key_in_netrc_means_online(tmp_path, monkeypatch):
     logger.finish()
 
 
-def test_disabled_writes_nothing(tmp_path):
-    exercise(WandbLogger(save_dir=tmp_path, mode="disabled"))
+def test_disabled_writes_nothing_and_says_nothing(tmp_path, recwarn):
+    logger = WandbLogger(save_dir=tmp_path, mode="disabled")
+    logger.log_hyperparams({"data": {"_target_": "my_pkg.Prompts"}})
+    exercise(logger)
     assert runs(tmp_path) == []
+    assert not [warning for warning in recwarn if "W&B" in str(warning.message)]
 
 
 def test_an_unknown_mode_is_refused(tmp_path):
