@@ -1,14 +1,13 @@
 """A weighted sum of other rewards."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
 from lit_rlhf.rewards.group import RewardGroup
-from lit_rlhf.rewards.scoring import Reward
+from lit_rlhf.rewards.scoring import Reward, Scores
 
 
 class CompositeReward(RewardGroup):
@@ -33,16 +32,7 @@ class CompositeReward(RewardGroup):
         self._weights = {name: check_number(f"reward.weights.{name}", weights[name]) for name in rewards}
         self.weights = dict(self._weights)
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        tokenizer: Any = None,
-        **columns: Any,
-    ) -> dict[str, Tensor]:
-        columns = {"completion_ids": completion_ids, "tokenizer": tokenizer, **columns}
-        scored, parts = self.score_all(prompts, completions, columns)
+    def components_of(self, scored: dict[str, Scores], parts: dict[str, Tensor]) -> dict[str, Tensor]:
         self.weights = {**self._weights, **dict.fromkeys(parts, 0.0)}
         components = {}
         for name, scores in scored.items():

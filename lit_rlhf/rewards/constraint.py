@@ -1,6 +1,6 @@
 """Two rewards at once: the most of one while the other stays above a threshold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,18 +52,9 @@ class ConstrainedReward(RewardGroup):
         self.max_multiplier = check_number("reward.max_multiplier", max_multiplier, above=0)
         self.weights = {}
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        tokenizer: Any = None,
-        **columns: Any,
-    ) -> dict[str, Tensor]:
-        columns = {"completion_ids": completion_ids, "tokenizer": tokenizer, **columns}
-        scored, parts = self.score_all(prompts, completions, columns)
+    def components_of(self, scored: dict[str, Scores], parts: dict[str, Tensor]) -> dict[str, Tensor]:
         whole = 1 + self.multiplier
-        multiplier = torch.full((len(completions),), self.multiplier)
+        multiplier = torch.full_like(scored["objective"].total, self.multiplier)
         self.weights = {
             "objective": 1 / whole,
             "constraint": self.multiplier / whole,

@@ -1,7 +1,6 @@
 """Several rewards that judge the same thing, as one that is harder to fool."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
 from lit_rlhf.rewards.group import RewardGroup
 from lit_rlhf.rewards.model import ModelReward
-from lit_rlhf.rewards.scoring import Reward
+from lit_rlhf.rewards.scoring import Reward, Scores
 
 COMBINATIONS = ("mean", "min", "mean_minus_std")
 
@@ -52,16 +51,7 @@ class EnsembleReward(RewardGroup):
             rewards={f"model_{i}": ModelReward(path=path) for i, path in enumerate(paths)}, combine=combine, k=k
         )
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        tokenizer: Any = None,
-        **columns: Any,
-    ) -> dict[str, Tensor]:
-        columns = {"completion_ids": completion_ids, "tokenizer": tokenizer, **columns}
-        scored, parts = self.score_all(prompts, completions, columns)
+    def components_of(self, scored: dict[str, Scores], parts: dict[str, Tensor]) -> dict[str, Tensor]:
         members = {name: scores.total for name, scores in scored.items()}
         table = torch.stack(list(members.values()))
         mean, std = table.mean(0), table.std(0, correction=0)

@@ -10,7 +10,7 @@ from lit_rlhf.rewards.scoring import Reward, Scores, freeze, required_columns, s
 
 
 class RewardGroup:
-    """Named rewards; a subclass says in ``weights``, after each call, what every component counts.
+    """Named rewards; a subclass makes their scores into components and says in ``weights`` what each counts.
 
     Of a reward that itself has several components each is logged, as ``name/part``.
 
@@ -31,6 +31,21 @@ class RewardGroup:
     @property
     def columns(self) -> list[str]:
         return sorted({column for reward in self.rewards.values() for column in required_columns(reward)})
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        tokenizer: Any = None,
+        **columns: Any,
+    ) -> Any:
+        columns = {"completion_ids": completion_ids, "tokenizer": tokenizer, **columns}
+        return self.components_of(*self.score_all(prompts, completions, columns))
+
+    def components_of(self, scored: dict[str, Scores], parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every reward's scores, and the parts of those that have several, to components; sets ``weights``."""
+        raise NotImplementedError
 
     def score_all(
         self, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Any]
