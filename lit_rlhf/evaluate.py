@@ -37,7 +37,9 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if not run.algorithm.online:
         raise UserError(f"run={folder} is a {stored.task_name} run; eval takes one that completes prompts, such as PPO")
     output.mkdir(parents=True, exist_ok=True)
-    path = None if checkpoint is None else read_checkpoint(checkpoint)[0]
+    if checkpoint is not None:
+        read_checkpoint(checkpoint)  # refuses what is no checkpoint
+    path = None if checkpoint is None else str(checkpoint)
     run.trainer.validate(run.algorithm, datamodule=run.datamodule, ckpt_path=path, verbose=False)
     metrics = {name: value for name, value in run.algorithm.last_row.items() if name.startswith("val/")}
     if not metrics:

@@ -174,7 +174,7 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
         if ckpt_path == "auto":
             return None
         raise UserError(f"ckpt_path={ckpt_path}: there is no such file")
-    _, stored = read_checkpoint(path)
+    stored = read_checkpoint(path)
     # Without a config it comes from a script's own Trainer.
     if stored["config"] and (changed := differences(stored["config"], run.config, _MAY_DIFFER)):
         raise UserError(
@@ -185,8 +185,8 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
     return str(path)
 
 
-def read_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
-    """A checkpoint's path and content.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds; its tensors stay on disk until they are used.
 
     Raises:
         UserError: it cannot be read, or no run of lit_rlhf wrote it.
@@ -199,7 +199,7 @@ def read_checkpoint(path: Path) -> tuple[str, dict[str, Any]]:
         ) from error
     if not isinstance(stored, dict) or "lit_rlhf" not in stored:
         raise UserError(f"ckpt_path={path} was not written by a lit_rlhf run: its training state is missing")
-    return str(path), stored
+    return stored
 
 
 def require_unused(folder: Path) -> None:
