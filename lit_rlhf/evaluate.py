@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.config import command, refuse_unknown
+from lit_rlhf.distributed import whole_checkpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.run_folder import CONFIG, SAMPLES, replace_file
 from lit_rlhf.train import build, read_checkpoint
@@ -27,11 +28,12 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     folder, output = Path(config.run), Path(config.paths.output_dir).absolute()
     stored = _run_config(folder)
     checkpoint = None if config.checkpoint is None else folder / "checkpoints" / f"{config.checkpoint}.ckpt"
-    if checkpoint is not None and not checkpoint.is_file():
+    if checkpoint is not None and not checkpoint.exists():
         raise UserError(f"checkpoint={config.checkpoint}: {checkpoint} does not exist")
     stored.paths.output_dir = str(output)
     stored.logger, stored.callbacks = None, {"samples": {"_target_": "lit_rlhf.callbacks.Samples"}}
     stored.trainer.enable_checkpointing = False
+    stored.trainer.update({"devices": 1, "num_nodes": 1, "strategy": "auto"})  # of a run in several processes, too
     merged = OmegaConf.merge(stored, config.overrides)
     run = build(merged)
     if not run.algorithm.online:
@@ -39,8 +41,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     output.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None:
         read_checkpoint(checkpoint)  # refuses what is no checkpoint
-    path = None if checkpoint is None else str(checkpoint)
-    run.trainer.validate(run.algorithm, datamodule=run.datamodule, ckpt_path=path, verbose=False)
+    with whole_checkpoint(checkpoint) as path:
+        run.trainer.validate(run.algorithm, datamodule=run.datamodule, ckpt_path=path, verbose=False)
     metrics = {name: value for name, value in run.algorithm.last_row.items() if name.startswith("val/")}
     if not metrics:
         raise UserError(f"the data of run={folder} has no held-out prompts: its val_dataloader is empty")

@@ -76,6 +76,7 @@ _TABLE: dict[str, tuple[str, str, Direction]] = {
     "time/rollout": ("stage 1: sampling the completions", "s", None),
     "time/score": ("stage 2: scoring them", "s", None),
     "time/anchor": ("stage 3: log-probabilities of policy and reference, values", "s", None),
+    "time/gather": ("waiting for the other processes' shares of stages 1 to 3, where there are several", "s", None),
     "time/advantage": ("stages 4 and 5: token rewards, advantages", "s", None),
     "time/update": ("stages 6 to 8: the optimiser steps", "s", None),
     "time/iteration": ("all stages together", "s", None),

@@ -13,13 +13,16 @@ _NOISE = (
     r".*Checkpoint directory .* exists and is not empty.*",  # so it is in every resumed run
     r".*callbacks used to create the checkpoint need to be provided.*",  # eval needs none of them
     r".*defined a `validation_step` but have no `val_dataloader`.*",  # held-out prompts are the user's choice
+    r".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing is changed in place here
+    r".*Detected an existing checkpoint in .*, overwriting.*",
     r".*Total length of `list` across ranks is zero.*",
 )
 
 
 def quiet() -> None:
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for logger in (name, f"{name}.utilities.rank_zero"):  # the latter have levels of their own
+            logging.getLogger(logger).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     for message in _NOISE:

@@ -12,15 +12,17 @@ import torch
 import yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.config import command, differences, instantiate, instantiate_all, refuse_unknown, resolved
+from lit_rlhf.distributed import SHARDED_META, FSDP2Strategy, agree, processes_to_start, run_in_processes
 from lit_rlhf.errors import UserError
 from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.machine import best_precision, keep_freed_memory, peak_memory_gb, reset_peak_memory
 from lit_rlhf.quiet import quiet
-from lit_rlhf.run_folder import read_summary, write_summary
+from lit_rlhf.run_folder import CONFIG, SUMMARY, read_summary, write_summary
 from lit_rlhf.sweep import label_job
 from lit_rlhf.terminal import print_config
 
@@ -34,6 +36,7 @@ _PLAIN = ("task_name", "tags", "seed", "ckpt_path", "optimized_metric")
 _MAY_DIFFER = (
     "task_name", "tags", "ckpt_path", "optimized_metric", "paths", "logger", "callbacks", "trainer.max_epochs",
     "trainer.max_steps", "trainer.max_time", "trainer.default_root_dir", "trainer.check_val_every_n_epoch",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
 )  # fmt: skip
 
 
@@ -76,8 +79,6 @@ def build(config: DictConfig) -> Run:
         logger=loggers,
         callbacks=instantiate_all(config.get("callbacks"), "callbacks"),
     )
-    if trainer.world_size > 1:  # before the fit, which would start the other processes
-        raise UserError(f"this version trains in one process, so not with trainer.devices={config.trainer.devices}")
     datamodule = instantiate(config.data, "data")
     algorithm.config = {**resolved(config), "precision_used": precision}
     return Run(folder, algorithm.config, algorithm, datamodule, trainer)
@@ -86,23 +87,53 @@ def build(config: DictConfig) -> Run:
 def train(config: DictConfig) -> float | None:
     """Runs one stage from start, or from ``ckpt_path``, to its end, and leaves the run folder behind.
 
+    Starts the processes that ``trainer.devices`` asks for, unless a launcher did.
+
     Returns:
         The last value of ``optimized_metric``, for sweepers; None if there is none to optimise.
 
     Raises:
         UserError: a mistake in the config, the data or the reward. What the run wrote so far stays.
     """
+    trainer = probe(config)
+    folder = Path(config.paths.output_dir).absolute()
+    if (count := processes_to_start(trainer)) > 1:
+        try:
+            run_in_processes(train_here, count, resolved(config))
+        finally:
+            if (folder / SUMMARY).exists() and read_summary(folder).get("status") == "running":
+                write_summary(folder, status="failed")  # all of its processes were ended
+    else:
+        folder = agree(trainer, folder)  # a launcher's processes have each composed their own config, with the time
+        train_here(OmegaConf.merge(config, {"paths": {"output_dir": str(folder)}}))
+    gc.collect()
+    return optimized_value(read_summary(folder), config.optimized_metric)
+
+
+def probe(config: DictConfig) -> L.Trainer:
+    """A trainer on the config's devices that is good for nothing else."""
+    quiet()
+    placed = [k for k in ("_target_", "accelerator", "devices", "num_nodes", "strategy") if k in config.trainer]
+    without = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return instantiate(OmegaConf.masked_copy(config.trainer, placed), "trainer", **without)
+
+
+def train_here(config: DictConfig | dict[str, Any]) -> None:
+    """Runs one stage in this process, which may be one of several; the first one writes the run folder."""
+    config = OmegaConf.create(config)
     start = time.perf_counter()
     reset_peak_memory()
     run = build(config)
+    first = run.trainer.is_global_zero
     checkpoint = find_checkpoint(config.ckpt_path, run)
     continued = checkpoint is not None and Path(checkpoint).absolute().is_relative_to(run.folder)
-    if not continued:
-        require_unused(run.folder)
     before = read_summary(run.folder) if continued else {}
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
-    write_summary(run.folder, status="running")  # a run that is killed does not look complete
+    if first:
+        if not continued:
+            require_unused(run.folder)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / CONFIG).write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+        write_summary(run.folder, status="running")  # a run that is killed does not look complete
     status = "failed"
     try:
         for logger in run.trainer.loggers:
@@ -122,21 +153,21 @@ def train(config: DictConfig) -> float | None:
         status = "interrupted"
         raise
     finally:
-        summary = write_summary(
-            run.folder,
-            status=status,
-            wall_seconds=round(before.get("wall_seconds", 0.0) + time.perf_counter() - start, 1),
-            peak_memory_gb=max(before.get("peak_memory_gb", 0.0), peak_memory_gb()),
-            **run.algorithm.axes,
-        )
-        close(run.trainer.loggers, summary)
-    from lit_rlhf.report import build_report  # here, because its plotting library takes half a second to import
+        if first:
+            summary = write_summary(
+                run.folder,
+                status=status,
+                wall_seconds=round(before.get("wall_seconds", 0.0) + time.perf_counter() - start, 1),
+                peak_memory_gb=max(before.get("peak_memory_gb", 0.0), peak_memory_gb()),
+                **run.algorithm.axes,
+            )
+            close(run.trainer.loggers, summary)
+    if first:
+        from lit_rlhf.report import build_report  # here, because its plotting library takes half a second to import
 
-    build_report(run.folder)
-    log.info("%s: %s", status, run.folder)
-    del run
-    gc.collect()
-    return optimized_value(summary, config.optimized_metric)
+        build_report(run.folder)
+        log.info("%s: %s", status, run.folder)
+    run.trainer.strategy.barrier()  # whoever comes next may read the folder
 
 
 def optimized_value(summary: dict[str, Any], name: str | None) -> float | None:
@@ -170,11 +201,17 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
     if ckpt_path is None:
         return None
     path = run.folder / "checkpoints" / "last.ckpt" if ckpt_path == "auto" else Path(ckpt_path)
-    if not path.is_file():
+    if not path.exists():
         if ckpt_path == "auto":
             return None
         raise UserError(f"ckpt_path={ckpt_path}: there is no such file")
     stored = read_checkpoint(path)
+    if path.is_dir() != isinstance(run.trainer.strategy, FSDP2Strategy):
+        kinds = ("sharded", "another") if path.is_dir() else ("whole", "the sharded")
+        raise UserError(
+            f"ckpt_path={path} is a {kinds[0]} checkpoint, and this run's trainer.strategy is {kinds[1]} one. Continue "
+            f"with {'trainer=fsdp2' if path.is_dir() else 'another trainer than fsdp2'}"
+        )
     # Without a config it comes from a script's own Trainer.
     if stored["config"] and (changed := differences(stored["config"], run.config, _MAY_DIFFER)):
         raise UserError(
@@ -186,13 +223,14 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds; its tensors stay on disk until they are used.
+    """What a checkpoint holds; its tensors stay on disk until they are used. A sharded one's weights are elsewhere.
 
     Raises:
         UserError: it cannot be read, or no run of lit_rlhf wrote it.
     """
+    file = path / SHARDED_META if path.is_dir() else path
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(
             f"ckpt_path={path} cannot be read as a checkpoint: {(str(error).splitlines() or [repr(error)])[0]}"
@@ -215,7 +253,8 @@ def require_unused(folder: Path) -> None:
 @command("train")
 def main(config: DictConfig) -> float | None:
     label_job(config)
-    print_config(resolved(config))
+    if rank_zero_only.rank == 0:  # of a launcher's processes
+        print_config(resolved(config))
     return train(config)
 
 

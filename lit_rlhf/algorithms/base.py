@@ -8,10 +8,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
+from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, whole, world_size
 from lit_rlhf.errors import UserError
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -42,10 +45,29 @@ class RunningMean:
                 self.sums[name] = (total + weight * number, count + weight)
 
     def compute(self) -> dict[str, float]:
-        """The means so far; afterwards counting starts anew."""
-        means = {name: total / count for name, (total, count) in self.sums.items() if count}
-        self.sums = {}
-        return means
+        """The means so far over all processes, each of which must call this; afterwards counting starts anew."""
+        sums, self.sums = self._merged(gather(self.sums)), {}
+        return {name: total / count for name, (total, count) in sums.items() if count}
+
+    def state(self) -> list[dict[str, tuple[float, float]]]:
+        """The sums of every process, each of which must call this."""
+        return gather(dict(self.sums))
+
+    def load_state(self, state: list[dict[str, tuple[float, float]]]) -> None:
+        """Takes this process's sums up again; of another number of processes, the first one takes all."""
+        own = state if len(state) == world_size() else [self._merged(state)] + [{}] * (world_size() - 1)
+        self.sums = {name: tuple(pair) for name, pair in own[rank()].items()}
+
+    @staticmethod
+    def _merged(parts: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+        merged: dict[str, tuple[float, float]] = {}
+        for name, (total, count) in (item for part in parts for item in part.items()):
+            if name.endswith("_max"):
+                merged[name] = (max(total, merged.get(name, (-math.inf, 1.0))[0]), 1.0)
+            else:
+                so_far, weight = merged.get(name, (0.0, 0.0))
+                merged[name] = (so_far + total, weight + count)
+        return merged
 
 
 def require_plain(what: str, state: Any) -> None:
@@ -130,7 +152,7 @@ class Algorithm(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # else overflow is part of the method
             self.require_finite("gradient", norm)
         self.means.add({"optim/grad_norm": norm}, 1.0)
@@ -175,8 +197,20 @@ class Algorithm(L.LightningModule):
                 hook(self.trainer, self, *args)
 
     def setup(self, stage: str) -> None:  # noqa: ARG002  (Lightning's signature)
-        if self.trainer.world_size > 1:
-            raise UserError(f"this version trains in one process, but the trainer has {self.trainer.world_size}")
+        # Every process sees all prompts and batches and takes its share of their rows itself.
+        self.trainer._accelerator_connector.use_distributed_sampler = False
+
+    def configure_model(self) -> None:
+        """Shards the models that train where the strategy is FSDP2."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            self.shard(strategy.device_mesh["data_parallel"])
+        elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+            raise UserError(f"trainer.strategy is {type(strategy).__name__}; sharded training is trainer=fsdp2")
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shards every module that trains over the processes of ``mesh``."""
+        raise NotImplementedError
 
     def run_validation(self) -> None:
         """Runs the validation loop from within the fit, where the fit loop itself does not."""
@@ -208,7 +242,7 @@ class Algorithm(L.LightningModule):
                 target.resume_from(resumed)
         parameters = dict(self.named_parameters())
         for name, gradient in self._gradients.items():
-            parameters[name].grad = gradient.to(parameters[name].device)
+            parameters[name].grad = like(parameters[name], gradient)
         self._gradients = {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -218,25 +252,32 @@ class Algorithm(L.LightningModule):
         # Between two steps, gradients are half summed: without them the resumed run's next step would differ.
         summing = self.trainer.fit_loop.epoch_loop._should_accumulate()
         checkpoint["lit_rlhf"] = {
-            "means": dict(self.means.sums),
+            "means": self.means.state(),
             "last_logged": self.last_logged,
-            "gradients": {n: p.grad for n, p in self.named_parameters() if summing and p.grad is not None},
+            "gradients": gather(self._summed_gradients()) if summing else [],
             **self.state(),
         }
+
+    def _summed_gradients(self) -> dict[str, Tensor]:
+        return {n: whole(p.grad).cpu() for n, p in self.named_parameters() if p.grad is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "lit_rlhf" not in checkpoint:
             raise UserError("this checkpoint was not written by a lit_rlhf algorithm: its training state is missing")
         state = checkpoint["lit_rlhf"]
-        missing = {n for n, p in self.named_parameters() if p.requires_grad} ^ set(checkpoint["state_dict"])
-        if missing:
+        trained = {n for n, p in self.named_parameters() if p.requires_grad}
+        # Sharded weights are not in it: the strategy has loaded them from files of their own.
+        if missing := trained ^ set(checkpoint.get("state_dict", trained)):
             raise UserError(
                 f"the checkpoint belongs to another configuration: {len(missing)} trained weights differ, e.g. "
                 f"'{min(missing)}'. Start from the same policy, critic and algorithm as the run that wrote it."
             )
-        self.means.sums = {name: tuple(pair) for name, pair in state["means"].items()}
+        self.means.load_state(state["means"])
         self.last_logged = state["last_logged"]
-        self._gradients = state["gradients"]
+        parts = state["gradients"]  # of every process; a step takes their mean
+        if len(parts) not in (0, world_size()):
+            parts = [{n: sum(part[n] for part in parts) / len(parts) for n in parts[0]}] * world_size()
+        self._gradients = parts[rank()] if parts else {}
         self.load_state(state)
 
     def state(self) -> dict[str, Any]:

@@ -45,22 +45,25 @@ def decode_completions(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> 
     return texts
 
 
-def cat_judged(parts: list[Judged]) -> Judged:
-    """All completions of several batches as one, padded to the widest."""
+def cat_judged(parts: list[Judged], count: int | None = None) -> Judged:
+    """The first ``count`` completions, by default all, of several batches as one, padded to the widest."""
+    if len(parts) == 1 and count is None:
+        return parts[0]
     widest = max(part.rollout.response_ids.shape[1] for part in parts)
 
     def cat(tensors: list[Tensor], extra: int = 0) -> Tensor:
         wide = widest + extra
-        return torch.cat([x if x.ndim == 1 else nn.functional.pad(x, (0, wide - x.shape[1])) for x in tensors])
+        padded = [x if x.ndim == 1 else nn.functional.pad(x, (0, wide - x.shape[1])) for x in tensors]
+        return torch.cat(padded)[:count]
 
     def cat_scores(scores: list[Scores]) -> Scores:
         components = {name: cat([x.components[name] for x in scores]) for name in scores[0].components}
         return Scores(components, scores[0].weights)
 
     return Judged(
-        PromptBatch.cat([part.prompts for part in parts]),
-        Rollout.cat([part.rollout for part in parts]),
-        [text for part in parts for text in part.completions],
+        PromptBatch.cat([part.prompts for part in parts])[:count],
+        Rollout.cat([part.rollout for part in parts])[:count],
+        [text for part in parts for text in part.completions][:count],
         cat_scores([part.scores for part in parts]),
         cat_scores([part.gold for part in parts]),
         Anchors(

@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric
 
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.data.passes import END_OF_PASS, SeededPasses
+from lit_rlhf.distributed import rank, split_batch, world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.rollout.philox import derive_seed
 
@@ -19,7 +20,8 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         inputs: what the algorithm's ``loss`` takes: a batch type or a dict of tensors.
-        terms: the number of terms that the loss is a mean over (target tokens, or pairs); at least 1.
+        terms: the number of terms that the loss is a mean over (target tokens, or pairs); at least 1, but 0 in a share
+            of a batch that only keeps its process in step.
         sequences: texts in the batch.
         tokens: tokens in the batch, padding excluded.
         weight: factor of the loss, see ``WindowLoader``.
@@ -38,18 +40,19 @@ class WindowLoader:
     One ``iter()`` is what is left of one pass over the user's loader. Batches are fetched a window at a time, the
     ``micro_batches`` of one optimiser step, so that each can carry the weight
 
-        terms of the batch * micro_batches / terms of the window.
+        terms of the batch * micro_batches * processes / terms of the window.
 
-    The fit loop divides every loss by ``micro_batches``, so the gradient is that of the mean over the window's terms,
-    however the window is split. The fit loop also steps on the last batch of an epoch; that window may be shorter, and
-    its weights are right all the same.
+    The fit loop divides every loss by ``micro_batches`` and takes the mean over the processes, so the gradient is that
+    of the mean over the window's terms, however the window is split. Each process gets its share of every batch's rows,
+    and tokenises all of them, to count the terms. The fit loop also steps on the last batch of an epoch; that window
+    may be shorter, and its weights are right all the same.
 
     Args:
         loader: the user's train loader.
         length: its number of batches.
         epoch_batches: how many of them are one epoch (``trainer.limit_train_batches``).
         micro_batches: the trainer's ``accumulate_grad_batches``.
-        collate: a user's batch -> MicroBatch on the CPU.
+        collate: a user's batch -> this process's share of it and the terms of the whole.
         seed: the run's seed.
 
     Raises:
@@ -63,7 +66,7 @@ class WindowLoader:
         length: int,
         epoch_batches: int,
         micro_batches: int,
-        collate: Callable[[Any], MicroBatch],
+        collate: Callable[[Any], tuple[MicroBatch, int]],
         seed: int,
     ) -> None:
         self.passes = SeededPasses(loader, seed)
@@ -88,14 +91,16 @@ class WindowLoader:
             yield batch
 
     def _fetch(self) -> None:
-        window = []
+        window, whole = [], 0
         for number in range(self.position, min(self.position + self.micro_batches, self.epoch_batches)):
             batch = self.passes.next_batch()
             if batch is END_OF_PASS:
                 raise UserError(f"the train dataloader has a length of {self.length}, but ended after {number} batches")
-            window.append(self.collate(batch))
-        terms = sum(batch.terms for batch in window)
-        self._window = [b._replace(weight=b.terms * self.micro_batches / terms) for b in window]
+            own, terms = self.collate(batch)
+            window.append(own)
+            whole += terms
+        scale = self.micro_batches * world_size() / whole
+        self._window = [batch._replace(weight=batch.terms * scale) for batch in window]
 
     def _start_at(self, number: int, position: int) -> None:
         self.passes.load_state_dict({"number": number, "batch": position})
@@ -166,10 +171,23 @@ class OfflineAlgorithm(Algorithm):
         """Metrics that are functions of means, such as a perplexity."""
         return means
 
+    def collate_share(self, batch: Any) -> tuple[MicroBatch, int]:
+        """This process's share of a batch, which counts the sequences and tokens of the whole, and the whole's terms.
+
+        A process without a row takes the first one's share, of which no term counts.
+        """
+        parts = [part if part is None else self.collate(part) for part in split_batch(batch, world_size())]
+        there = [part for part in parts if part is not None]
+        own = parts[rank()] or there[0]._replace(terms=0)
+        whole = {name: sum(getattr(part, name) for part in there) for name in ("sequences", "tokens")}
+        return own._replace(**whole), sum(part.terms for part in there)
+
     # ---- training -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
-        torch.manual_seed(derive_seed(self.seed, self.loader.passes.number, self.loader.position))
+        # Other processes have other rows, which are to have other dropout masks.
+        process = [rank()] if rank() else []
+        torch.manual_seed(derive_seed(self.seed, self.loader.passes.number, self.loader.position, *process))
         loss, metrics = self.loss(batch.inputs)
         self.means.add({**metrics, "loss/total": loss.detach()}, batch.terms)
         self.sequences += batch.sequences
@@ -202,7 +220,7 @@ class OfflineAlgorithm(Algorithm):
     # ---- validation -----------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        micro = self.transfer_batch_to_device(self.collate(batch), self.device, 0)
+        micro = self.transfer_batch_to_device(self.collate_share(batch)[0], self.device, 0)
         loss, metrics = self.loss(micro.inputs)
         for name, value in {**metrics, "loss/total": loss}.items():
             self.validation.setdefault(name, MeanMetric().to(self.device)).update(value, micro.terms)
@@ -250,7 +268,7 @@ class OfflineAlgorithm(Algorithm):
                 length=length,
                 epoch_batches=min(length, limit) if isinstance(limit, int) else int(length * limit),
                 micro_batches=self.trainer.accumulate_grad_batches,
-                collate=self.collate,
+                collate=self.collate_share,
                 seed=self.seed,
             )
             if self._loader_state is not None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from lit_rlhf.algorithms.base import Algorithm, require_plain
+from lit_rlhf.algorithms.base import Algorithm, RunningMean, require_plain
 from lit_rlhf.algorithms.judged import (
     Anchors,
     Judged,
@@ -24,6 +25,7 @@ from lit_rlhf.batch import Experience, PromptBatch, Rollout
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.data.passes import SeededPasses
 from lit_rlhf.data.tokenize import PromptRows, Row, split_rows, tokenize_prompts
+from lit_rlhf.distributed import gather, rank, shard, share, world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import full_kl, kl_estimate, masked_mean
 from lit_rlhf.functional.masked import zero_masked
@@ -119,7 +121,7 @@ class OnlineAlgorithm(Algorithm):
         self.pending: dict[str, float] = {}  # metrics of the iteration under way, its samples, its validation
         self.samples: list[dict[str, Any]] = []
         self.validated: list[Judged] = []
-        self.minibatch_kl = (0.0, 0.0)  # approximate KL of the minibatch under way: weighted sum, weight
+        self.minibatch_kl = RunningMean()  # approximate KL of the minibatch under way
 
     # ---- what a subclass gives ------------------------------------------------------------------------------------
 
@@ -173,6 +175,14 @@ class OnlineAlgorithm(Algorithm):
             max_new_tokens=self.sampler.max_new_tokens,
             context_length=self.policy.context_length,
         )
+        part = self._judge_share(prompts[share(len(rows), rank(), world_size())], seed)
+        if world_size() == 1:
+            return part
+        with self.phase("gather"):
+            return cat_judged(gather(part), len(rows))
+
+    def _judge_share(self, prompts: PromptBatch, seed: int) -> Judged:
+        """Stages 1 to 3 for the prompts of this process."""
         judges = {"reward": self.reward, "gold": self.gold} if self.gold is not None else {"reward": self.reward}
         for key, judge in judges.items():
             require_columns(key, judge, prompts.columns)
@@ -181,7 +191,7 @@ class OnlineAlgorithm(Algorithm):
         completions = decode_completions(rollout, self.policy.tokenizer)
         ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
         # A reward that draws random numbers draws the same ones in a resumed run.
-        with self.phase("score"), seeded(derive_seed(seed, _SCORE_STREAM, int(episodes[0]))):
+        with self.phase("score"), seeded(derive_seed(seed, _SCORE_STREAM, int(prompts.episodes[0]))):
             judged = {
                 key: score(judge, prompts.prompts, completions, prompts.columns, ids, self.policy.tokenizer)
                 for key, judge in judges.items()
@@ -194,8 +204,7 @@ class OnlineAlgorithm(Algorithm):
 
     def rollout(self, prompts: PromptBatch, seed: int) -> Rollout:
         """Stage 1, on the policy's device; the result is on the CPU."""
-        bf16 = str(self.trainer.precision).startswith("bf16")
-        model = self.policy.decoder(torch.bfloat16 if bf16 else torch.float32)
+        model = self.policy.decoder(self._decode_dtype)
         training = model.training
         model.eval()  # in train mode gradient checkpointing would switch the KV cache off
         with torch.autocast(self.device.type, enabled=False):
@@ -238,6 +247,10 @@ class OnlineAlgorithm(Algorithm):
         return kl_estimate(zero_masked(output.logprobs, mask), zero_masked(ref_logprobs, mask), self.kl.estimator)
 
     @property
+    def _decode_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else torch.float32
+
+    @property
     def temperature(self) -> float:
         """Of the distribution whose log-probabilities are compared; for greedy evaluation that is the plain softmax."""
         return self.sampler.temperature or 1.0
@@ -256,9 +269,8 @@ class OnlineAlgorithm(Algorithm):
         count = float(batch.response_mask.sum())
         self.require_finite("loss", loss)
         self.means.add({name: x.detach() for name, x in {**metrics, "loss/total": loss}.items()}, count)
-        if "policy/approxkl" in metrics:
-            so_far, weight = self.minibatch_kl
-            self.minibatch_kl = (so_far + float(metrics["policy/approxkl"]) * count, weight + count)
+        if self.target_kl is not None and "policy/approxkl" in metrics:
+            self.minibatch_kl.add({"kl": metrics["policy/approxkl"]}, count)
         return loss * batch.weight
 
     def forward_settings(self) -> dict[str, Any]:
@@ -276,10 +288,11 @@ class OnlineAlgorithm(Algorithm):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         # Not in on_train_batch_end: a checkpoint callback's own hook of that name runs before the module's.
-        (so_far, weight), self.minibatch_kl = self.minibatch_kl, (0.0, 0.0)
         self.pending["policy/updates"] = self.pending.get("policy/updates", 0.0) + 1
-        left = len(self.loader) - self.loader.position
-        if self.target_kl is not None and left and weight and so_far / weight > self.target_kl:
+        if self.target_kl is None:
+            return
+        kl = self.minibatch_kl.compute().get("kl", 0.0)
+        if kl > self.target_kl and self.loader.position < len(self.loader):
             self.loader.stop()
             self.pending["policy/early_stopped"] = 1.0
 
@@ -319,7 +332,7 @@ class OnlineAlgorithm(Algorithm):
         """KL(rollout policy || policy) over the iteration's tokens, in nats per token: how far the updates went."""
         experience, total, count = self.loader.experience, 0.0, 0.0
         for start in range(0, len(experience), self.minibatch_size):
-            batch = experience[start : start + self.minibatch_size].to(self.device)
+            batch = experience[start : start + self.minibatch_size][rank() :: world_size()].to(self.device)
             mask = batch.response_mask
             with self.autocast():
                 tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, mask)
@@ -327,7 +340,8 @@ class OnlineAlgorithm(Algorithm):
             # The tokens are the old policy's: k3 estimates its KL to the new one.
             kl = kl_estimate(zero_masked(batch.logprobs, mask), zero_masked(output.logprobs, mask), "k3")
             total, count = total + float(kl.sum()), count + float(mask.sum())
-        return total / count
+        totals, counts = zip(*gather((total, count)), strict=True)
+        return sum(totals) / sum(counts)
 
     def schedule_metrics(self) -> dict[str, float]:
         """Coefficients of this iteration that follow a schedule."""
@@ -410,6 +424,12 @@ class OnlineAlgorithm(Algorithm):
             self.policy.train()  # without dropout that only lets gradient checkpointing work
             self.take_over_loader()
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        self.policy.shard(mesh, self._decode_dtype)
+        self.reference.shard(mesh)
+        if self.critic is not None:
+            shard(self.critic, mesh)
+
     def train_dataloader(self) -> RolloutLoader:
         if self.loader is not None and self._loader_state is None:
             self._loader_state = self.loader.state_dict()  # a second fit, or a reloaded loader, goes on
@@ -421,6 +441,8 @@ class OnlineAlgorithm(Algorithm):
             micro_batches=self.trainer.accumulate_grad_batches,
             epochs=self.epochs,
             seed=self.seed,
+            rank=rank(),
+            world=world_size(),
         )
         if self._loader_state is not None:
             self.loader.load_state_dict(self._loader_state)
@@ -442,7 +464,7 @@ class OnlineAlgorithm(Algorithm):
             "tokens": self.tokens,
             "pending": dict(self.pending),
             "samples": list(self.samples),
-            "minibatch_kl": list(self.minibatch_kl),
+            "minibatch_kl": self.minibatch_kl.state(),
             "controllers": {name: controller.state_dict() for name, controller in self.controllers.items()},
             "scores": self.scores.state_dict(),
             "reference": self.reference_id,
@@ -458,7 +480,7 @@ class OnlineAlgorithm(Algorithm):
         self._loader_state = state["loader"]
         self.iteration, self.tokens = state["iteration"], state["tokens"]
         self.pending, self.samples = dict(state["pending"]), list(state["samples"])
-        self.minibatch_kl = tuple(state["minibatch_kl"])
+        self.minibatch_kl.load_state(state["minibatch_kl"])
         for name, controller in self.controllers.items():
             controller.load_state_dict(state["controllers"][name])
         self.scores.load_state_dict(state["scores"])
@@ -471,7 +493,7 @@ class OnlineAlgorithm(Algorithm):
         return hasattr(self.reward, "load_state_dict") and not isinstance(self.reward, nn.Module)
 
     def export(self, folder: Any) -> None:
-        """Writes the policy (Hugging Face format) and the critic."""
+        """Writes the policy (Hugging Face format) and the critic; every process must call it."""
         self.policy.save(folder)
         if self.critic is not None:
             self.critic.save(folder)
@@ -486,4 +508,4 @@ class OnlineAlgorithm(Algorithm):
             self.pending[f"time/{name}"] = time.perf_counter() - start
 
 
-_STAGES = ("rollout", "score", "anchor", "advantage")
+_STAGES = ("rollout", "score", "anchor", "gather", "advantage")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -125,13 +126,16 @@ class SFT(OfflineAlgorithm):
         finally:
             hook.remove()
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        self.policy.shard(mesh, torch.float32)
+
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         if "loss/total" not in means:
             return means
         return {**means, "sft/perplexity": float(torch.tensor(means["loss/total"], dtype=torch.float64).exp())}
 
     def export(self, folder: Path) -> None:
-        """Writes the policy in Hugging Face format."""
+        """Writes the policy in Hugging Face format; every process must call it."""
         self.policy.save(folder)
 
 

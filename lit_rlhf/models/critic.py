@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
+from lit_rlhf.distributed import rank, whole
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy, PolicyOutput
 from lit_rlhf.models.sources import not_loaded, resolve_model
@@ -49,7 +50,8 @@ class ValueHead(nn.Module):
         return self.head(output.hidden.detach() if self.detach else output.hidden)
 
     def save(self, folder: Path) -> None:
-        save_file(self.head.state_dict(), Path(folder) / HEAD_FILE)
+        """Writes the head, in the first process; every process must call it."""
+        _save_head(self.head, Path(folder))
 
 
 class SeparateCritic(nn.Module):
@@ -103,9 +105,18 @@ class SeparateCritic(nn.Module):
         return self.head(hidden[:, prompt_ids.shape[1] - 1 :])
 
     def save(self, folder: Path) -> None:
+        """Writes backbone and head to the subfolder ``critic``, in the first process; every process must call it."""
         folder = Path(folder) / "critic"
-        self.backbone.save_pretrained(folder)
-        save_file(self.head.state_dict(), folder / HEAD_FILE)
+        weights = {name: whole(x) for name, x in self.backbone.state_dict().items()}
+        if rank() == 0:
+            self.backbone.save_pretrained(folder, state_dict=weights)
+        _save_head(self.head, folder)
+
+
+def _save_head(head: nn.Module, folder: Path) -> None:
+    weights = {name: whole(x).cpu() for name, x in head.state_dict().items()}
+    if rank() == 0:
+        save_file(weights, folder / HEAD_FILE)
 
 
 def load_head(head: nn.Module, path: str) -> None:

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lit_rlhf.distributed import rank, shard, whole
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import entropy_from_logits, selective_logprobs
 from lit_rlhf.models.sources import not_loaded, resolve_model
@@ -81,6 +82,7 @@ class Policy(nn.Module):
             _require_plain_lora(model, lora)
         self.model = model
         object.__setattr__(self, "_decoder", None)
+        self.sharded = False
 
     @classmethod
     def from_pretrained(
@@ -195,41 +197,66 @@ class Policy(nn.Module):
 
         A copy is kept where it pays (LoRA, or another dtype); only what trains is written into it again.
         """
-        if dtype == torch.float32 and not isinstance(self.model, PeftModel):
+        if dtype == torch.float32 and not isinstance(self.model, PeftModel) and not self.sharded:
             return self.model
         # Lightning validates in inference mode, whose tensors could never be written to again in training.
         with torch.inference_mode(False), torch.no_grad():
             if self._decoder is None:
-                clone = copy.deepcopy(self.model)
-                clone = clone.unload() if isinstance(clone, PeftModel) else clone
-                for parameter in clone.parameters():
-                    parameter.requires_grad_(False)
-                    parameter.data = parameter.data.to(dtype)
                 # Not a submodule: it must not enter the optimiser, the checkpoint or train().
-                object.__setattr__(self, "_decoder", clone.eval())
-            self._refresh(self._decoder)
+                object.__setattr__(self, "_decoder", self._copy(dtype))
+            self._refresh(self._decoder.to(next(self.model.parameters()).device))
         return self._decoder
+
+    def _copy(self, dtype: torch.dtype) -> PreTrainedModel:
+        clone = copy.deepcopy(self.model)
+        clone = clone.unload() if isinstance(clone, PeftModel) else clone
+        for parameter in clone.parameters():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(dtype)
+        return clone.eval()
 
     def _refresh(self, clone: PreTrainedModel) -> None:
         targets = dict(clone.named_parameters())
         if not isinstance(self.model, PeftModel):
             for name, parameter in self.model.named_parameters():
-                targets[name].copy_(parameter)
+                targets[name].copy_(whole(parameter))
             return
         for name, module in self.base.named_modules():
             if isinstance(module, LoraLayer):
                 delta = sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
-                targets[f"{name}.weight"].copy_(module.get_base_layer().weight + delta)
+                targets[f"{name}.weight"].copy_(whole(module.get_base_layer().weight) + whole(delta))
 
+    @torch.no_grad()
     def merged(self) -> PreTrainedModel:
-        """A copy of the model with the adapter merged in, in full precision."""
+        """A copy of the model with the adapter merged in, in full precision; every process must call it."""
+        if self.sharded:
+            clone = copy.deepcopy(self._decoder).float().cpu()
+            targets = dict(clone.named_parameters())
+            for name, parameter in self.base.named_parameters():
+                if "lora_" not in name:
+                    targets[name.replace(".base_layer.", ".")].copy_(whole(parameter))
+            self._refresh(clone)
+            return clone
         clone = copy.deepcopy(self.model)
         return clone.merge_and_unload() if isinstance(clone, PeftModel) else clone
 
+    def shard(self, mesh: Any, dtype: torch.dtype) -> None:
+        """Shards the weights over the processes of ``mesh`` (FSDP2); decoding keeps a whole copy of them in ``dtype``.
+
+        A sharded model would have to be put together anew for every token.
+        """
+        if self.sharded:
+            return
+        object.__setattr__(self, "_decoder", self._copy(dtype))
+        shard(self.base, mesh)
+        self.sharded = True
+
     def save(self, folder: Path) -> None:
-        """Writes the merged model and the tokenizer in Hugging Face's format (safetensors)."""
-        self.merged().save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Writes the merged model and the tokenizer in Hugging Face's format (safetensors), in the first process."""
+        merged = self.merged()
+        if rank() == 0:
+            merged.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Policy":
         clone = Policy.__new__(Policy)
@@ -237,6 +264,7 @@ class Policy(nn.Module):
         clone.model = copy.deepcopy(self.model, memo)
         clone.tokenizer = self.tokenizer
         clone._decoder = None
+        clone.sharded = False
         return clone
 
 

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from lit_rlhf.distributed import shard
 from lit_rlhf.models.policy import Policy, PolicyOutput
 
 
@@ -29,6 +30,9 @@ class AdapterOff:
     def to(self, _device: torch.device) -> "AdapterOff":
         return self
 
+    def shard(self, _mesh: Any) -> None:
+        """Nothing to do: the weights are the policy's."""
+
 
 class FrozenCopy:
     """In full fine-tuning the reference is a copy made before the first update."""
@@ -47,6 +51,9 @@ class FrozenCopy:
     def to(self, device: torch.device) -> "FrozenCopy":
         self._policy.to(device)
         return self
+
+    def shard(self, mesh: Any) -> None:
+        shard(self._policy.base, mesh)
 
 
 def make_reference(policy: Policy) -> AdapterOff | FrozenCopy:

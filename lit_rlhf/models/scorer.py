@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lit_rlhf.distributed import rank, whole
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.sources import not_loaded, resolve_model
 
@@ -101,6 +102,8 @@ class Scorer(nn.Module):
         return self.model(input_ids=ids, attention_mask=mask).logits.float()
 
     def save(self, folder: Path) -> None:
-        """Writes model and tokenizer in Hugging Face's format (safetensors)."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Writes model and tokenizer in Hugging Face's format, in the first process; every process must call it."""
+        weights = {name: whole(x) for name, x in self.model.state_dict().items()}
+        if rank() == 0:
+            self.model.save_pretrained(folder, state_dict=weights)
+            self.tokenizer.save_pretrained(folder)

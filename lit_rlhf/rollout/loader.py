@@ -10,6 +10,8 @@ from lit_rlhf.data.tokenize import PromptRows, Row
 from lit_rlhf.errors import UserError
 from lit_rlhf.rollout.philox import derive_seed
 
+PROCESSES = "the number of processes (trainer.devices * trainer.num_nodes)"
+
 
 def exact_div(number: int, divisor: int, number_name: str, divisor_name: str) -> int:
     """``number / divisor`` where it divides.
@@ -30,8 +32,11 @@ class RolloutLoader:
     order of epoch k of iteration i is a function of (seed, i, k). It is a plain sized iterable, not a ``DataLoader``,
     because Lightning fetches a batch ahead from an unsized one, and the rollout would be one step stale.
 
-    Every micro-batch carries its weight, n_micro * micro-batches / n_minibatch in tokens: the fit loop divides the loss
-    by the number of micro-batches, so the gradient is that of the minibatch's mean over tokens, however it is split.
+    Of several processes each hands out its share of every micro-batch, of the same experience.
+
+    Every micro-batch carries its weight, n_micro * micro-batches * processes / n_minibatch in tokens: the fit loop
+    divides the loss by the number of micro-batches and takes the mean of the processes' gradients, so the gradient is
+    that of the minibatch's mean over tokens, however it is split.
 
     Args:
         prompts: where prompts come from.
@@ -41,6 +46,7 @@ class RolloutLoader:
         micro_batches: forward passes of one optimiser step (the trainer's ``accumulate_grad_batches``).
         epochs: passes over the experience.
         seed: the run's seed.
+        rank, world: the number of this process, and of all.
     """
 
     def __init__(
@@ -53,6 +59,8 @@ class RolloutLoader:
         micro_batches: int,
         epochs: int,
         seed: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.minibatches = exact_div(
             rollout_batch_size, minibatch_size, "algorithm.rollout_batch_size", "algorithm.minibatch_size"
@@ -60,6 +68,8 @@ class RolloutLoader:
         self.micro_batch_size = exact_div(
             minibatch_size, micro_batches, "algorithm.minibatch_size", "trainer.accumulate_grad_batches"
         )
+        exact_div(self.micro_batch_size, world, "algorithm.minibatch_size / trainer.accumulate_grad_batches", PROCESSES)
+        self.rank, self.world = rank, world
         self.prompts = prompts
         self.collect = collect
         self.rollout_batch_size = rollout_batch_size
@@ -91,9 +101,9 @@ class RolloutLoader:
         rows = order[minibatch * self.minibatch_size :][: self.minibatch_size]
         # Rows of similar length share a micro-batch, so that trimming removes more; the minibatch is the same set.
         rows = rows[self.experience.response_mask[rows].sum(-1).argsort(stable=True)]
-        part = rows[micro * self.micro_batch_size :][: self.micro_batch_size]
+        part = rows[micro * self.micro_batch_size :][: self.micro_batch_size][self.rank :: self.world]
         tokens = self.experience.response_mask[rows].sum()
-        share = self.experience.response_mask[part].sum() * self.micro_batches / tokens
+        share = self.experience.response_mask[part].sum() * self.micro_batches * self.world / tokens
         batch = self.experience[part].trim()
         return Experience(**{**vars(batch), "weight": share.float()})
 

@@ -159,7 +159,7 @@ class TestMicroBatches:
 
     def test_weights_follow_the_terms(self):
         loader = WindowLoader(
-            loader=BATCHES, length=5, epoch_batches=5, micro_batches=2, collate=Line().collate, seed=0
+            loader=BATCHES, length=5, epoch_batches=5, micro_batches=2, collate=Line().collate_share, seed=0
         )
         weights = [batch.weight for batch in loader]
         assert weights == pytest.approx([2 * 3 / 4, 2 * 1 / 4, 2 * 3 / 5, 2 * 2 / 5, 2.0])

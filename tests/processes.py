@@ -1,0 +1,124 @@
+"""Runs for one process and for several: what each process of theirs has at the end is saved to a folder."""
+
+import os
+import signal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from ppo_runs import Watch, make
+from tiny import LORA, Prompts, letters, tiny_policy
+from torch.utils.data import DataLoader
+
+from lit_rlhf.algorithms import SFT, RewardModel
+from lit_rlhf.clip import AdaptiveKLPenalty
+from lit_rlhf.distributed import FSDP2Strategy, rank, whole
+from lit_rlhf.errors import UserError
+from lit_rlhf.kl import AdaptiveKL
+from lit_rlhf.models.critic import SeparateCritic
+from lit_rlhf.rewards.shaping import ScoreShaper
+
+TEXTS = ["hello there", "a b c", "the fox", "xyz", "zebra", "one two three", "q", "lorem ipsum", "last"]
+
+
+def two_parts(prompts, completions, **columns):
+    return {"letters": letters(prompts, completions), "words": [float(len(text.split())) for text in completions]}
+
+
+def momentum(parameters):
+    """Proportional to the gradient, so that what differs in the weights is what differs in the gradients."""
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.5)
+
+
+def ppo(lora=None, **changes):
+    settings = {
+        "kl": AdaptiveKL(init_coef=0.1, target=0.01, horizon=50), "scores": ScoreShaper(normalize=True),
+        "optimizer": momentum, "reward": two_parts, "gold": letters,
+    }  # fmt: skip
+    return make(tiny_policy(lora=lora), **{**settings, **changes})
+
+
+class Texts(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([{"text": text} for text in TEXTS], batch_size=2, shuffle=True)  # the last has one row
+
+    def val_dataloader(self):
+        return DataLoader([{"text": text} for text in TEXTS[:5]], batch_size=2)
+
+
+class Pairs(L.LightningDataModule):
+    def train_dataloader(self):
+        rows = [{"chosen": good, "rejected": bad} for good, bad in zip(TEXTS[1:], TEXTS[:-1], strict=True)]
+        return DataLoader(rows, batch_size=4, shuffle=True)
+
+
+#: name -> (algorithm, datamodule, settings of the trainer)
+RUNS = {
+    "full": (lambda _: ppo(), lambda: Prompts(validation=True), {"accumulate_grad_batches": 2, "max_epochs": 3}),
+    "lora": (lambda _: ppo(LORA), Prompts, {}),
+    "separate": (lambda _: ppo(critic=SeparateCritic, clip=AdaptiveKLPenalty()), Prompts, {}),
+    "stopped": (lambda _: ppo(target_kl=1e-4), Prompts, {}),
+    "sft": (
+        lambda _: SFT(policy=tiny_policy(), optimizer=momentum, log_every_n_steps=1),
+        Texts,
+        {"accumulate_grad_batches": 2},
+    ),
+    "reward_model": (
+        lambda model: RewardModel(model_path=str(model), optimizer=momentum, max_length=16, log_every_n_steps=1),
+        Pairs,
+        {},
+    ),
+}  # fmt: skip
+
+
+def run(folder, name, *, model=None, strategy="auto", devices=1, saved=None, ckpt_path=None, every=None, **settings):
+    """Runs ``RUNS[name]`` and leaves ``<saved or name>.<rank>.pt``: weights, rows and samples of this process."""
+    algorithm, data, options = RUNS[name]
+    module, watch = algorithm(model), Watch()
+    watch.on_train_batch_start = lambda *_: None
+    checkpoints = ModelCheckpoint(
+        dirpath=folder / f"{saved or name}_checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=every
+    )
+    trainer = L.Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, check_val_every_n_epoch=1,
+        callbacks=[watch, *([checkpoints] if every else [])], enable_checkpointing=bool(every),
+        **{"max_epochs": 2, **options, **settings},
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data(), ckpt_path=ckpt_path)
+    module.export(folder / f"{saved or name}_model")
+    result = {
+        "weights": {n: whole(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad},
+        "rows": [{n: x for n, x in row.items() if not n.startswith("time/") and "per_second" not in n}
+                 for row in watch.rows],
+        "samples": watch.samples,
+    }  # fmt: skip
+    torch.save(result, folder / f"{saved or name}.{rank()}.pt")
+
+
+def run_all(folder, model):
+    """Everything that two processes do in the tests: starting them takes longer than the runs."""
+    for kind, strategy in (("ddp", lambda: "ddp"), ("fsdp2", FSDP2Strategy)):
+        two = {"model": model, "devices": 2}
+        for name in RUNS:
+            every = 3 if name == "full" else None
+            run(folder, name, strategy=strategy(), saved=f"{kind}_{name}", every=every, **two)
+        checkpoint = folder / f"{kind}_full_checkpoints" / "step=9.ckpt"  # within the third iteration
+        run(folder, "full", strategy=strategy(), saved=f"{kind}_resumed", ckpt_path=checkpoint, **two)
+        run(folder, "lora", strategy=strategy(), saved=f"{kind}_lora_first", every=2, max_epochs=1, **two)
+        checkpoint = folder / f"{kind}_lora_first_checkpoints" / "step=4.ckpt"
+        run(folder, "lora", strategy=strategy(), saved=f"{kind}_lora_resumed", ckpt_path=checkpoint, **two)
+
+
+
+
+def broken_in_the_second(prompts, completions, **columns):
+    if rank() == 1:
+        raise UserError("planted in the second process")
+    return letters(prompts, completions)
+
+
+def killed_in_the_second(prompts, completions, **columns):
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return letters(prompts, completions)

@@ -1,0 +1,227 @@
+"""Two processes on this machine, by DDP and by FSDP2, do what one process does."""
+
+import csv
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import processes
+import pytest
+import torch
+from classifiers import save_classifier
+from command_line import TINY, environment, run_here
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from lit_rlhf.distributed import processes_to_start, run_in_processes, share, split_batch
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline import compose_stage
+from lit_rlhf.run_folder import read_metrics, read_samples, read_summary
+from lit_rlhf.train import train
+
+pytestmark = pytest.mark.xdist_group("two_processes")  # what they did is looked at by many tests
+KINDS = ("ddp", "fsdp2")
+COUNTS = ("policy/clipfrac", "value/clipfrac")  # a ratio on the edge falls to either side by rounding
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All runs of two processes, and the same ones of one process."""
+    folder, model = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("model")
+    save_classifier(model)
+    run_in_processes(processes.run_all, 2, folder, model)
+    for name in processes.RUNS:
+        processes.run(folder, name, model=model)
+    return folder
+
+
+def result(folder, name, rank=0):
+    return torch.load(folder / f"{name}.{rank}.pt", weights_only=True)
+
+
+def texts(run):
+    return [(row["iteration"], row["split"], row["prompt"], row["completion"]) for row in run["samples"]]
+
+
+@pytest.mark.parametrize("name", processes.RUNS)
+@pytest.mark.parametrize("kind", KINDS)
+class TestTwoProcesses:
+    def test_agree_on_weights_rows_and_samples_to_the_bit(self, folder, kind, name):
+        first, second = (result(folder, f"{kind}_{name}", rank) for rank in (0, 1))
+        assert first["weights"].keys() == second["weights"].keys()
+        assert all(torch.equal(x, second["weights"][n]) for n, x in first["weights"].items())
+        assert first["rows"] == second["rows"]
+        assert first["samples"] == second["samples"]
+
+    def test_take_the_same_steps_as_one_process_with_the_same_global_batch(self, folder, kind, name):
+        one, two = result(folder, name), result(folder, f"{kind}_{name}")
+        assert_close(two["weights"], one["weights"], atol=2e-6, rtol=1e-5)
+
+    def test_complete_the_same_prompts_in_the_same_way_and_log_the_same(self, folder, kind, name):
+        one, two = result(folder, name), result(folder, f"{kind}_{name}")
+        assert texts(one) == texts(two)
+        assert len(one["rows"]) == len(two["rows"])
+        for row, other in zip(one["rows"], two["rows"], strict=True):
+            assert row.keys() == other.keys()
+            for metric in row.keys() - {*COUNTS}:
+                assert row[metric] == pytest.approx(other[metric], rel=2e-3, abs=1e-5), metric
+
+    def test_export_one_whole_model(self, folder, kind, name):
+        export, expected = folder / f"{kind}_{name}_model", folder / f"{name}_model"
+        assert {x.name for x in export.iterdir()} == {x.name for x in expected.iterdir()}
+        if name != "reward_model":
+            model, one = (AutoModelForCausalLM.from_pretrained(path) for path in (export, expected))
+            assert_close(model.state_dict(), one.state_dict(), atol=2e-6, rtol=1e-5)
+
+
+def test_a_run_with_a_target_kl_stops_its_updates_in_all_processes_at_once(folder):
+    for kind in KINDS:
+        assert [row["policy/early_stopped"] for row in result(folder, f"{kind}_stopped", 1)["rows"]] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "resumed"), [("full", "resumed"), ("lora", "lora_resumed")])
+def test_a_resume_in_two_processes_is_exact(folder, kind, name, resumed):
+    for rank in (0, 1):
+        whole, cut = (result(folder, f"{kind}_{run}", rank) for run in (name, resumed))
+        assert all(torch.equal(x, cut["weights"][n]) for n, x in whole["weights"].items())
+        assert cut["rows"][-1] == whole["rows"][-1]
+        assert texts(cut) == texts(whole)[-len(cut["samples"]) :]
+
+
+def test_one_process_continues_what_two_began(folder):
+    checkpoint = folder / "ddp_full_checkpoints" / "step=9.ckpt"
+    processes.run(folder, "full", saved="continued", ckpt_path=checkpoint)
+    continued, one = result(folder, "continued"), result(folder, "full")
+    assert_close(continued["weights"], one["weights"], atol=2e-6, rtol=1e-5)
+    assert texts(continued) == texts(one)[-len(continued["samples"]) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_starts_the_processes_and_one_of_them_writes_the_run_folder(tmp_path, kind):
+    shared = [*TINY, "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=2", "optimized_metric=objective/kl"]
+    two = train(compose_stage([*shared, f"trainer={kind}", "trainer.devices=2", f"paths.output_dir={tmp_path}/two"]))
+    one = train(compose_stage([*shared, f"paths.output_dir={tmp_path}/one"]))
+    assert two == pytest.approx(one, rel=1e-3)
+    assert read_summary(tmp_path / "two")["status"] == "completed"
+    assert [row["iteration"] for row in read_metrics(tmp_path / "two")] == [0, 1, 2]
+    completions = [[row["completion"] for row in read_samples(tmp_path / run)] for run in ("one", "two")]
+    assert completions[0] == completions[1]
+    assert (tmp_path / "two" / "report.html").exists()
+    assert (tmp_path / "two" / "checkpoints" / "last.ckpt").is_dir() == (kind == "fsdp2")
+    result = run_here("eval", f"run={tmp_path}/two", "checkpoint=last", f"paths.output_dir={tmp_path}/eval")
+    assert result.code == 0, result.err
+    evaluation = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    assert evaluation["val/objective/kl"] == pytest.approx(read_summary(tmp_path / "two")["val/objective/kl"], rel=1e-3)
+    other = ["trainer=cpu" if kind == "fsdp2" else "trainer=fsdp2", "trainer.devices=1", "trainer.accelerator=cpu"]
+    again = [*shared, *other, f"paths.output_dir={tmp_path}/two", "ckpt_path=auto"]
+    with pytest.raises(UserError, match=r"ckpt_path=.*last.ckpt is a .* checkpoint, and this run's trainer.strategy"):
+        train(compose_stage(again))
+
+
+def test_every_job_of_a_multirun_starts_processes_of_its_own(tmp_path):
+    config = [*TINY, "trainer=ddp", "trainer.devices=2", "trainer.limit_val_batches=0"]
+    result = run_here("train", "-m", *config, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    assert result.code == 0, result.err
+    completions = [[row["completion"] for row in read_samples(tmp_path / job)] for job in ("0", "1")]
+    assert all(completions)
+    assert completions[0] != completions[1]
+    assert [row["status"] for row in csv.DictReader((tmp_path / "sweep.csv").open())] == ["completed"] * 2
+
+
+def test_a_mistake_in_one_process_ends_the_run_with_its_message(tmp_path):
+    config = ["trainer=ddp", "trainer.devices=2", "reward=function", "reward._target_=processes.broken_in_the_second"]
+    with pytest.raises(UserError, match=r"^planted in the second process$"):
+        train(compose_stage([*TINY, *config, f"paths.output_dir={tmp_path}"]))
+    assert read_summary(tmp_path)["status"] == "failed"
+
+
+def test_a_process_that_is_killed_ends_the_others_within_a_minute(tmp_path):
+    config = ["trainer=ddp", "trainer.devices=2", "reward._target_=processes.killed_in_the_second"]
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"process 1 of 2 ended early: .*SIGKILL"):
+        train(compose_stage([*TINY, *config, f"paths.output_dir={tmp_path}"]))
+    assert time.monotonic() - start < 60
+    assert read_summary(tmp_path)["status"] == "failed"
+
+
+def test_two_nodes_run_the_same_command_under_torchrun(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1",
+    ]  # fmt: skip
+    config = [*TINY, "trainer=ddp", "trainer.devices=1", "trainer.num_nodes=2"]
+    nodes = [
+        subprocess.Popen(
+            [*launcher, "-m", "lit_rlhf.train", *config], cwd=tmp_path, env=environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=180)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert len("".join(said).split("iteration 1/1")) == 2  # one of the two speaks
+    (summary,) = tmp_path.rglob("summary.json")
+    assert read_summary(summary.parent)["status"] == "completed"
+    assert (summary.parent / "model" / "model.safetensors").exists()
+
+
+class TestShares:
+    def test_every_process_has_as_many_rows_and_together_they_have_all_in_order(self):
+        for count in range(1, 9):
+            for world in (1, 2, 3, 4):
+                shares = [share(count, rank, world) for rank in range(world)]
+                assert len({len(rows) for rows in shares}) == 1
+                assert [row for rows in shares for row in rows][:count] == list(range(count))
+
+    def test_a_batch_is_dealt_out_row_by_row(self):
+        batch = {"text": ["a", "b", "c"], "score": torch.tensor([1.0, 2.0, 3.0])}
+        first, second = split_batch(batch, 2)
+        assert (first["text"], second["text"]) == (["a", "c"], ["b"])
+        assert torch.as_tensor(first["score"]).tolist() == [1.0, 3.0]
+
+    def test_a_process_without_a_row_gets_none(self):
+        assert split_batch({"text": ["a"]}, 3) == [{"text": ["a"]}, None, None]
+
+    @pytest.mark.parametrize("batch", [["a", "b"], {"text": "ab"}, {"text": ["a", "b"], "score": [1]}, {}, "ab"])
+    def test_what_is_no_table_is_left_to_its_reader(self, batch):
+        assert split_batch(batch, 2) == [batch, None]
+
+
+class TestStarting:
+    def test_a_run_on_one_device_starts_no_process(self, trainer):
+        assert processes_to_start(trainer(devices=1)) == 1
+        assert processes_to_start(trainer(devices="auto")) == 1
+
+    def test_a_run_on_several_devices_starts_one_process_for_each(self, trainer):
+        assert processes_to_start(trainer(devices=3, strategy="ddp")) == 3
+
+    def test_under_a_launcher_the_processes_are_there(self, trainer, monkeypatch):
+        names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+        for name, value in {**names, "TORCHELASTIC_RUN_ID": "x"}.items():
+            monkeypatch.setenv(name, str(value))
+        assert TorchElasticEnvironment.detect()
+        assert processes_to_start(trainer(devices=2, strategy="ddp")) == 1
+
+    def test_several_nodes_need_a_launcher(self, trainer):
+        with pytest.raises(UserError, match=r"trainer.num_nodes=2: start the same command on every node with torchrun"):
+            processes_to_start(trainer(devices=2, num_nodes=2, strategy="ddp"))
+
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            (["trainer.devices=3"], "algorithm.minibatch_size / trainer.accumulate_grad_batches=2 is not divisible by"),
+            (["trainer.devices=0"], "config key 'trainer'.*devices=0"),
+            (["trainer.devices=2", "trainer.strategy=nonsense"], "config key 'trainer'.*invalid strategy name"),
+        ],
+    )
+    def test_wrong_sizes_are_refused(self, tmp_path, sizes, message):
+        with pytest.raises(UserError, match=message):
+            train(compose_stage([*TINY, "trainer=ddp", *sizes, f"paths.output_dir={tmp_path}/run"]))
+        assert not (tmp_path / "run").exists() or read_summary(tmp_path / "run")["status"] == "failed"
