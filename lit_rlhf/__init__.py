@@ -67,6 +67,7 @@ _HOME = {
     "ListPrompts": "data",
     # what watches a run
     "CSVLogger": "loggers",
+    "TensorBoardLogger": "loggers",
     "WandbLogger": "loggers",
     "Samples": "callbacks",
     "Distributions": "callbacks",

@@ -274,10 +274,14 @@ def test_a_nan_alerts_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "alerts"),
-    [(KeyboardInterrupt(), {}), (SystemExit(1), {}), (OSError("disk full"), {"Run failed": "OSError: disk full"})],
+    ("error", "status", "alerts"),
+    [
+        (KeyboardInterrupt(), "interrupted", {}),
+        (SystemExit(1), "interrupted", {}),
+        (OSError("disk full"), "failed", {"Run failed": "OSError: disk full"}),
+    ],
 )
-def test_an_error_alerts_and_an_interruption_does_not(tmp_path, error, alerts):
+def test_the_summary_says_how_a_run_ended_and_only_an_error_alerts(tmp_path, error, status, alerts):
     logger = WandbLogger(save_dir=tmp_path)
     logger.log_metrics({"a": 1.0}, step=1)
 
@@ -290,7 +294,7 @@ def test_an_error_alerts_and_an_interruption_does_not(tmp_path, error, alerts):
     with pytest.raises(type(error)):
         fails()
     (run,) = runs(tmp_path)
-    assert (run.exit_code, run.alerts) == (1, alerts)
+    assert (run.exit_code, run.summary["status"], run.alerts) == (1, status, alerts)
 
 
 def test_distributions_leave_out_what_is_not_finite(tmp_path):
@@ -321,6 +325,7 @@ def test_a_failed_fit_closes_the_run_as_failed_and_a_good_one_leaves_it_open(tmp
         fit(Fails(), logger=bad)
     failed = runs(tmp_path / "bad")[0]
     assert (failed.exit_code, failed.alerts) == (1, {"Run failed": "RuntimeError: deliberate"})
+    assert failed.summary["status"] == "failed"
     fit(BoringModel(), logger=good)
     good.log_metrics({"after": 1.0}, step=9)
     good.finish()
@@ -392,22 +397,20 @@ def test_a_service_that_dies_before_the_end_does_not_fail_the_process(tmp_path):
         [sys.executable, "-c", textwrap.dedent(script), tmp_path], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (0, "trained\n")
-    assert done.stderr.count("W&B failed to finish") == 1
+    assert done.stderr.count("W&B failed to") == 1
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("obstacle", ["file for folder", "project name", "WANDB_MODE", "WANDB_BASE_URL"])
+@pytest.mark.parametrize("obstacle", ["file for folder", "WANDB_MODE", "WANDB_BASE_URL"])
 def test_a_run_that_cannot_start_costs_one_warning(tmp_path, monkeypatch, obstacle):
-    folder, project = tmp_path / "run", "lit_rlhf"
+    folder = tmp_path / "run"
     if obstacle == "file for folder":
         folder.mkdir()
         (folder / "wandb").write_text("in the way")
-    elif obstacle == "project name":
-        project = "a/b?c"
     else:
         monkeypatch.setenv(obstacle, "nonsense")
     with pytest.warns(UserWarning, match="W&B failed to start") as warned:
-        exercise(WandbLogger(save_dir=folder, project=project))
+        exercise(WandbLogger(save_dir=folder))
     assert sum(str(w.message).startswith("W&B") for w in warned) == 1
 
 
@@ -449,9 +452,10 @@ def test_disabled_writes_nothing_and_says_nothing(tmp_path, recwarn):
     assert not [warning for warning in recwarn if "W&B" in str(warning.message)]
 
 
-def test_an_unknown_mode_is_refused(tmp_path):
-    with pytest.raises(UserError, match="mode='off'"):
-        WandbLogger(save_dir=tmp_path, mode="off")
+@pytest.mark.parametrize("bad", [{"mode": "off"}, {"project": "a/b?c"}, {"project": ""}, {"step_metric": "loss"}])
+def test_settings_that_wandb_cannot_take_are_refused(tmp_path, bad):
+    with pytest.raises(UserError, match=rf"logger\.wandb\.{next(iter(bad))}="):
+        WandbLogger(save_dir=tmp_path, **bad)
 
 
 def test_a_lone_surrogate_does_not_stop_reading_or_writing(tmp_path):

@@ -1,16 +1,19 @@
 """What loggers have on disk after real tiny runs: W&B's offline files, TensorBoard's event files, MLflow's database."""
 
+import html
 import json
 import shutil
 from pathlib import Path
 
 import lightning.pytorch.loggers.mlflow as lightning_mlflow
 import pytest
+import torch
 import wandb
 import yaml
 from command_line import TINY, run_here, write_module, write_ratings
 from wandb_file import WandbFile, runs
 
+from lit_rlhf.loggers.wandb_objects import input_artifacts
 from lit_rlhf.run_folder import read_metrics, read_samples
 
 PPO = [*TINY, "reward=distinct", "algorithm.ppo_epochs=2", "optimizer.lr=0.01", "trainer.max_epochs=2"]
@@ -111,6 +114,32 @@ def test_artifacts_lead_from_ratings_over_the_reward_model_to_the_policy(folder,
     assert all(bool(entry.local_path) == log_model == (not entry.ref) for entry in made.manifest.contents)
 
 
+def test_a_model_that_was_trained_anew_is_another_version_and_a_stale_note_is_no_lineage(folder):
+    def used() -> list[str]:
+        return [artifact.digest for artifact in input_artifacts({"policy": {"path": "run/model"}})]
+
+    first = start().outputs[0].digest
+    assert used() == [first]
+    shutil.rmtree("run")
+    second = start("optimizer.lr=0.02").outputs[0].digest
+    assert first != second
+    assert used() == [second]
+    Path("run/model/config.json").write_text("{}")  # as another run without W&B would
+    assert used() == []
+
+
+@pytest.mark.parametrize("path", ["mine", "mine/*.jsonl", "mine/0.jsonl"])
+def test_data_that_was_written_anew_is_another_version(folder, path):
+    config, digests = {"data": {"_target_": "DatasetPrompts", "path": path, "split": "mine"}}, []
+    for text in ("one", "one", "two"):
+        Path("mine").mkdir(exist_ok=True)
+        Path("mine/0.jsonl").write_text(json.dumps({"prompt": text}))
+        (used,) = input_artifacts(config)
+        assert sorted(used.manifest.entries) == ["0/0.jsonl", "data.yaml"]
+        digests.append(used.digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_kl_over_the_threshold_alerts_once(folder):
     run = start("optimizer.lr=0.5", "logger.wandb.alert_kl=0.001", "trainer.max_epochs=4")
     crossed = next(row for row in read_metrics(Path("run")) if row.get("objective/kl", 0) > 0.001)
@@ -123,7 +152,7 @@ def test_a_failed_run_alerts_with_its_error(folder, tmp_path, monkeypatch):
     write_module(tmp_path, "breaks", "def broken(prompts, completions, **columns):\n    return [float('nan')] * 4\n")
     monkeypatch.syspath_prepend(tmp_path)
     run = start("reward=function", "reward.function=breaks.broken", "trainer.limit_val_batches=0", code=1)
-    assert run.exit_code == 1
+    assert (run.exit_code, run.summary["status"]) == (1, "failed")
     assert list(run.alerts) == ["Run failed"]
     assert "nan" in run.alerts["Run failed"]
     assert not run.outputs
@@ -175,17 +204,64 @@ def test_values_that_make_no_sense_are_refused(folder, key, value, message):
 
 
 def test_many_loggers_get_the_same_rows(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     run = start("logger=many")
     table = read_metrics(Path("run"))
-    events = EventAccumulator("run/tensorboard").Reload()
+    shown = events()
     names = {name for row in table for name in row}
-    assert names <= set(events.Tags()["scalars"])
+    assert names <= set(shown.Tags()["scalars"])
     for name in sorted(names):
         written = {row["iteration"]: row[name] for row in table if name in row}
-        assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(written, rel=1e-6)
+        assert {event.step: event.value for event in shown.Scalars(name)} == pytest.approx(written, rel=1e-6)
         assert {row["iteration"]: row[name] for row in run.history if name in row} == written
+
+
+def events(folder: str = "run/tensorboard"):
+    """What TensorBoard shows of the event files, in the order they were written."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(folder, size_guidance={"tensors": 0, "histograms": 0}).Reload()
+
+
+def test_tensorboard_shows_every_step_of_a_resumed_run_once(folder):
+    steps = ["logger=tensorboard", "callbacks.checkpoint.every_n_epochs=2", "trainer.limit_val_batches=0"]
+    start(*steps, "trainer.max_epochs=3")
+    shutil.rmtree("run/model")
+    saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)["lit_rlhf"]["iteration"]
+    assert saved == 2  # the row of iteration 3 is taken back
+    assert [event.step for event in events().Scalars("objective/kl")] == [1, 2, 3]
+    start(*steps, "ckpt_path=auto", "trainer.max_epochs=4")
+    shown = events()
+    table = {row["iteration"]: row["objective/kl"] for row in read_metrics(Path("run"))}
+    assert [(event.step, event.value) for event in shown.Scalars("objective/kl")] == [
+        (step, pytest.approx(value)) for step, value in table.items()
+    ]
+    assert [event.step for event in shown.Histograms("distribution/scores")] == [1, 2, 3, 4]
+    shutil.rmtree("run/checkpoints")
+    shutil.rmtree("run/model")
+    start(*steps, "trainer.max_epochs=1")  # a fresh run in the same folder
+    assert [event.step for event in events().Scalars("objective/kl")] == [1]
+
+
+def test_tensorboard_gets_the_distributions_and_the_samples_as_they_were_written(folder):
+    start("logger=tensorboard", "trainer.limit_val_batches=0", "callbacks.samples.max_samples=4")
+    samples, shown = read_samples(Path("run")), events()
+    for iteration in (1, 2):
+        mine = [row for row in samples if row["iteration"] == iteration]
+        tokens = sum(row["length"] for row in mine)
+        counts = {
+            name: event.histogram_value.num
+            for name in ("scores", "kl", "advantages", "ratios")
+            for event in shown.Histograms(f"distribution/{name}")
+            if event.step == iteration
+        }
+        assert counts == {"scores": 4, "kl": 4, "advantages": tokens, "ratios": tokens}
+        (text,) = [e for e in shown.Tensors("samples/text_summary") if e.step == iteration]
+        header, _, *lines = text.tensor_proto.string_val[0].decode().split("\n")
+        assert [cell.strip() for cell in header.strip("|").split("|")][:3] == ["split", "prompt", "completion"]
+        for line, row in zip(lines, mine, strict=True):
+            cells = [html.unescape(cell).strip() for cell in line.strip("|").split("|")]
+            assert cells[:3] == ["train", row["prompt"], " ".join(row["completion"].split())]
+            assert float(cells[3]) == pytest.approx(row["score"], rel=1e-3)
 
 
 def test_without_mlflow_its_absence_is_named(folder, monkeypatch):

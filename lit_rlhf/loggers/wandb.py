@@ -1,9 +1,4 @@
-"""Where the metrics of a run go: metrics.csv in the run folder, and Weights & Biases.
-
-Both loggers take one row per iteration, `log_metrics(row, step=iteration)`, as Lightning's own do. Both also have
-`resume_from(iteration)`, which the algorithm calls when training starts: the iteration of the checkpoint it continues
-from, -1 if none.
-"""
+"""Weights & Biases, unable to stop or hold up a run."""
 
 import contextlib
 import math
@@ -17,87 +12,13 @@ from typing import Any, Literal
 import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
+from lit_rlhf.loggers.wandb_objects import distributions, input_artifacts, output_artifact, samples_table
 from lit_rlhf.metrics import AXES
-from lit_rlhf.run_folder import METRICS, format_rows, read_rows, replace_file
-from lit_rlhf.wandb_objects import distributions, input_artifacts, output_artifact, samples_table
-
-
-class CSVLogger(Logger):
-    """Writes `<save_dir>/metrics.csv`: a header, then one row per iteration, on disk as soon as it is logged.
-
-    Columns are `iteration, episode, tokens`, then metrics in the order they first appeared; a metric that a row
-    lacks is blank. Floats are written with `repr`, so they read back to the bit.
-
-    Args:
-        save_dir: the run folder; made when missing.
-    """
-
-    # With both empty, a ModelCheckpoint without dirpath writes to <save_dir>/checkpoints.
-    name = ""
-    version = ""
-
-    def __init__(self, *, save_dir: str | Path) -> None:
-        super().__init__()
-        self._path = Path(save_dir) / METRICS
-        self._columns: list[str] | None = None  # those of the file; None: not looked at yet
-
-    @property
-    def save_dir(self) -> str:
-        """The run folder."""
-        return str(self._path.parent)
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Does nothing: config.yaml holds the whole configuration."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Appends one row. `step` is the iteration, unless the row names it itself.
-
-        Raises:
-            UserError: neither names the iteration.
-        """
-        named = {"iteration": step, **metrics}
-        row = {name: _text(value) for name, value in named.items() if value is not None}
-        if "iteration" not in row:
-            raise UserError("A row of metrics.csv needs its iteration: log_metrics(row, step=iteration).")
-        if self._columns is None:
-            self._cut(None)
-        columns = self._columns or list(AXES)
-        new = [name for name in row if name not in columns]
-        if new or not self._columns:
-            self._write([*columns, *new], [*read_rows(self._path)[1], row])
-        else:
-            with open(self._path, "a", encoding="utf-8", newline="") as file:
-                file.write(format_rows(columns, [row], header=False))
-
-    @rank_zero_only
-    def resume_from(self, iteration: int) -> None:
-        """Keeps the rows up to and including `iteration` and cuts the later ones; -1 cuts all."""
-        self._cut(iteration)
-
-    def _cut(self, last: int | None) -> None:
-        columns, rows = read_rows(self._path)
-        kept = [row for row in rows if last is None or int(row["iteration"]) <= last]
-        if kept:
-            self._write(columns, kept)  # without the line that a kill may have cut short
-        else:
-            self._path.unlink(missing_ok=True)
-            self._columns = []
-
-    def _write(self, columns: list[str], rows: list[dict[str, str]]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self._path, format_rows(columns, rows, header=True))
-        self._columns = columns
-
-
-def _text(value: Any) -> str:
-    number = value.item() if hasattr(value, "item") else value
-    return repr(int(number) if isinstance(number, int) else float(number))
+from lit_rlhf.run_folder import METRICS
 
 
 class _NoRun:
@@ -125,8 +46,9 @@ class WandbLogger(LightningWandbLogger):
     Every row carries `iteration`, `episode` and `tokens`; `step_metric` says which one W&B plots everything against,
     and any panel can be switched to another.
 
-    Artifacts show where a policy came from: the configuration of a run's data and the models of other runs that it
-    reads are its inputs, its exported `model/` is its output. They are references unless `log_model` is set.
+    Artifacts show where a policy came from: the data of a run and the models of other runs that it reads are its
+    inputs, its exported `model/` is its output. Their versions follow the contents; they refer to the files on disk
+    unless `log_model` uploads the model's.
 
     A run that continues from a checkpoint in its folder goes on in the same W&B run if that one was online. Offline it
     is a new run of the same group, with the id of the run before it as `resumed_from` in its config: two offline runs
@@ -148,7 +70,7 @@ class WandbLogger(LightningWandbLogger):
         alert_kl: > 0, the `objective/kl`, in nats, above which an alert is sent; None: never.
 
     Raises:
-        UserError: a mode or axis that there is not, a threshold that is not positive.
+        UserError: a mode or axis that there is not, a threshold that is not positive, a project that W&B cannot have.
     """
 
     def __init__(
@@ -167,9 +89,11 @@ class WandbLogger(LightningWandbLogger):
         alert_kl: float | None = None,
     ) -> None:
         if mode not in (None, "online", "offline", "disabled"):
-            raise UserError(f"WandbLogger: mode={mode!r}: choose online, offline, disabled or null.")
+            raise UserError(f"logger.wandb.mode={mode!r}: choose online, offline, disabled or null.")
         if step_metric not in AXES:
-            raise UserError(f"WandbLogger: step_metric={step_metric!r}: choose {', '.join(AXES)}.")
+            raise UserError(f"logger.wandb.step_metric={step_metric!r}: choose {', '.join(AXES)}.")
+        if not project or not isinstance(project, str) or set(project) & set(_NOT_IN_PROJECTS):
+            raise UserError(f"logger.wandb.project={project!r} must be a name without {_NOT_IN_PROJECTS}")
         name = name or os.environ.get("WANDB_NAME") or f"{job_type or project} {Path(save_dir).absolute().name}"[:128]
         group = group or os.environ.get("WANDB_SWEEP_ID")
         # wandb takes a relative folder for the name of a git repository
@@ -200,7 +124,7 @@ class WandbLogger(LightningWandbLogger):
         if wandb.run is not None and wandb.run.id not in _OPENED:
             self._experiment = wandb.run  # the user's own, say that of `wandb.agent(function=…)`
         else:
-            self._previous_id, online = _latest_run(Path(self._save_dir))
+            self._previous_id, online = latest_run(Path(self._save_dir))
             # Only a run that continues is let into a folder that holds a checkpoint.
             if online and Path(self._save_dir, "checkpoints", "last.ckpt").exists():
                 self._same_run = {"id": self._previous_id, "resume": "allow"}
@@ -295,9 +219,7 @@ class WandbLogger(LightningWandbLogger):
     @rank_zero_only
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Logs completions, dicts as in samples.jsonl, as the table `samples`. `step` is the iteration."""
-        self._attempt(
-            "log samples", lambda: self.experiment.log({"samples": samples_table(rows), "iteration": step})
-        )
+        self._attempt("log samples", lambda: self.experiment.log({"samples": samples_table(rows), "iteration": step}))
 
     @rank_zero_only
     def log_distributions(self, values: Mapping[str, Sequence[float]], step: int) -> None:
@@ -306,6 +228,11 @@ class WandbLogger(LightningWandbLogger):
         What is not finite is left out. `step` is the iteration.
         """
         self._attempt("log distributions", lambda: self.experiment.log({**distributions(values), "iteration": step}))
+
+    @rank_zero_only
+    def log_objects(self, what: str, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Logs the tables, plots and pictures that `make` returns; `what` names them if W&B fails."""
+        self._attempt(f"log {what}", lambda: self.experiment.log(make()))
 
     @rank_zero_only
     def log_summary(self, summary: Mapping[str, float | str]) -> None:
@@ -339,14 +266,18 @@ class WandbLogger(LightningWandbLogger):
     def finish(self, exit_code: int = 0) -> None:
         """Closes the run, as failed unless `exit_code` is 0. Nothing is logged after it. Safe to call twice.
 
-        A run that ends well leaves its model as an artifact, one that fails an alert; one that is interrupted neither.
+        Its summary says in `status` how it ended. A run that ends well leaves its model as an artifact, one that fails
+        an alert; one that is interrupted neither.
         """
         if self._experiment is not None:
             error = sys.exc_info()[1]  # what ended the run, on its way through the caller's `except` or `finally`
-            text = f"{type(error).__name__}: {error}" if error else f"exit code {exit_code}"
-            if exit_code == 0:
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            status = "completed" if exit_code == 0 else "interrupted" if stopped else "failed"
+            self.log_summary({"status": status})  # before train.py can, if Lightning ends the run
+            if status == "completed":
                 self._attempt("log the model", self._log_output)
-            elif not isinstance(error, KeyboardInterrupt | SystemExit):
+            elif status == "failed":
+                text = f"{type(error).__name__}: {error}" if error else f"exit code {exit_code}"
                 self._attempt("send an alert", lambda: self._alert("Run failed", text))
         if self._started_here:
             self._attempt("finish", lambda: self._experiment.finish(exit_code=exit_code))
@@ -359,11 +290,13 @@ class WandbLogger(LightningWandbLogger):
             self.finish(exit_code=1)
 
 
+_NOT_IN_PROJECTS = "/\\#?%:"
+
 #: ids of the runs that loggers of this process opened
 _OPENED: set[str] = set()
 
 
-def _latest_run(save_dir: Path) -> tuple[str | None, bool]:
+def latest_run(save_dir: Path) -> tuple[str | None, bool]:
     """The id of the newest W&B run of a run folder, and whether it was online."""
     # The folders are named [offline-]run-<time>-<id>.
     names = {path.name.removeprefix("offline-"): path.name for path in save_dir.glob("wandb/*run-*-*")}
