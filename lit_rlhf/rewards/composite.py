@@ -25,10 +25,12 @@ class CompositeReward(RewardGroup):
 
     def __init__(self, *, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
         super().__init__(rewards)
-        if unknown := set(weights) - set(rewards):
-            raise UserError(f"reward.weights names {sorted(unknown)}, but the rewards are {sorted(rewards)}")
-        if missing := set(rewards) - set(weights):
-            raise UserError(f"reward.weights has no weight for {sorted(missing)}")
+        if not isinstance(weights, Mapping):
+            raise UserError(f"reward.weights must give every reward its weight, got {weights!r}")
+        if unknown := sorted(set(weights) - set(rewards)):
+            raise UserError(f"reward.weights.{unknown[0]}: there is no such reward; they are {', '.join(rewards)}")
+        if missing := sorted(set(rewards) - set(weights)):
+            raise UserError(f"reward.weights.{missing[0]} is missing: every reward needs a weight")
         self._weights = {name: check_number(f"reward.weights.{name}", weights[name]) for name in rewards}
         self.weights = dict(self._weights)
 
@@ -41,6 +43,6 @@ class CompositeReward(RewardGroup):
                 components[name] = scores.whole
             if dense:
                 # Only where a reward has both: what it says of tokens stays apart from what it says of the whole.
-                tokens = f"{name}/tokens" if name in components else name
+                tokens = f"{name}.tokens" if name in components else name
                 components[tokens], self.weights[tokens] = scores.dense, self._weights[name]
         return {**components, **parts}

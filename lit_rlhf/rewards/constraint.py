@@ -26,7 +26,7 @@ class ConstrainedReward(RewardGroup):
         constraint: what must stay above the threshold, e.g. harmlessness.
         threshold: of the constraint's mean over an iteration's completions, in its own units.
         lr: step of the multiplier per iteration and unit of the constraint, > 0.
-        init_multiplier: >= 0.
+        init_multiplier: from 0 to ``max_multiplier``.
         max_multiplier: > 0; beyond it the constraint counts that much more than the objective and no more.
 
     Raises:
@@ -34,6 +34,8 @@ class ConstrainedReward(RewardGroup):
     """
 
     name = "constrained"
+    learns = True
+    place = "reward."
 
     def __init__(
         self,
@@ -48,8 +50,9 @@ class ConstrainedReward(RewardGroup):
         super().__init__({"objective": objective, "constraint": constraint})
         self.threshold = check_number("reward.threshold", threshold)
         self.lr = check_number("reward.lr", lr, above=0)
-        self.multiplier = check_number("reward.init_multiplier", init_multiplier, at_least=0)
         self.max_multiplier = check_number("reward.max_multiplier", max_multiplier, above=0)
+        bounds = {"at_least": 0, "at_most": self.max_multiplier}
+        self.multiplier = check_number("reward.init_multiplier", init_multiplier, **bounds)
         self.weights = {}
 
     def components_of(self, scored: dict[str, Scores], parts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,25 +31,22 @@ class EnsembleReward(RewardGroup):
     """
 
     name = "ensemble"
+    reserved = ("ensemble", "std")
 
     def __init__(self, *, rewards: Mapping[str, Reward], combine: str = "mean", k: float | None = None) -> None:
         super().__init__(rewards)
         if len(rewards) < 2:
             raise UserError(f"reward.rewards holds {list(rewards)}: an ensemble needs at least two")
-        if combine not in COMBINATIONS:
-            raise UserError(f"reward.combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
-        if (k is None) == (combine == "mean_minus_std"):
-            raise UserError(f"reward.k={k} with reward.combine={combine}: k is for mean_minus_std, and needed there")
-        self.combine = combine
-        self.k = None if k is None else check_number("reward.k", k, at_least=0)
+        self.combine, self.k = _check_combination(combine, k)
         self.weights = {}
 
     @classmethod
     def from_paths(cls, *, paths: Sequence[str], combine: str = "mean", k: float | None = None) -> "EnsembleReward":
         """An ensemble of reward models, ``model_0``, ``model_1``, ..., each as in ``ModelReward``."""
-        return cls(
-            rewards={f"model_{i}": ModelReward(path=path) for i, path in enumerate(paths)}, combine=combine, k=k
-        )
+        if not isinstance(paths, Sequence) or isinstance(paths, str) or len(paths) < 2:
+            raise UserError(f"reward.paths must be a list of at least two models, got {paths!r}")
+        _check_combination(combine, k)  # before they are loaded
+        return cls(rewards={f"model_{i}": ModelReward(path=path) for i, path in enumerate(paths)}, combine=combine, k=k)
 
     def components_of(self, scored: dict[str, Scores], parts: dict[str, Tensor]) -> dict[str, Tensor]:
         members = {name: scores.total for name, scores in scored.items()}
@@ -59,3 +56,11 @@ class EnsembleReward(RewardGroup):
         logged = {**members, "std": std, **parts}
         self.weights = {"ensemble": 1.0, **dict.fromkeys(logged, 0.0)}
         return {"ensemble": combined[self.combine], **logged}
+
+
+def _check_combination(combine: str, k: float | None) -> tuple[str, float | None]:
+    if combine not in COMBINATIONS:
+        raise UserError(f"reward.combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+    if (k is None) == (combine == "mean_minus_std"):
+        raise UserError(f"reward.k={k} with reward.combine={combine}: k is for mean_minus_std, and needed there")
+    return combine, None if k is None else check_number("reward.k", k, at_least=0)

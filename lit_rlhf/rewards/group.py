@@ -12,21 +12,39 @@ from lit_rlhf.rewards.scoring import Reward, Scores, freeze, required_columns, s
 class RewardGroup:
     """Named rewards; a subclass makes their scores into components and says in ``weights`` what each counts.
 
-    Of a reward that itself has several components each is logged, as ``name/part``.
+    Of a reward that itself has several components, or learns from its own, each is logged, as ``name/part``. So groups
+    may hold groups: by these names what was scored finds its way back to the reward that it came from.
 
     Args:
         rewards: name -> reward.
 
     Raises:
-        UserError: no rewards.
+        UserError: no rewards, or a name that could be mistaken for that of a part.
     """
 
     weights: dict[str, float]
+    #: Names that the group's own components have.
+    reserved: tuple[str, ...] = ()
+    #: What stands before a reward's name in its config key.
+    place = "reward.rewards."
 
     def __init__(self, rewards: Mapping[str, Reward]) -> None:
         if not rewards:
             raise UserError(f"reward.rewards is empty: {type(self).__name__} needs at least one")
+        for name, reward in rewards.items():
+            if {"/", "."} & set(name) or name in self.reserved:
+                raise UserError(
+                    f"{self.place}{name}: a reward of {type(self).__name__} must have another name; without '/' and "
+                    f"'.'{''.join(f', not {taken}' for taken in self.reserved)}"
+                )
+            if not callable(reward):
+                raise UserError(f"{self.place}{name} must be a reward, got {reward!r}")
         self.rewards = dict(rewards)
+
+    @property
+    def learns(self) -> bool:
+        """Whether something in it takes up what was scored in training."""
+        return any(map(learns, self.rewards.values()))
 
     @property
     def columns(self) -> list[str]:
@@ -53,24 +71,22 @@ class RewardGroup:
         """Every reward's scores, and the parts (raw, as ``name/part``) of those that have several."""
         tokens = {name: columns[name] for name in ("completion_ids", "tokenizer") if name in columns}
         others = {name: values for name, values in columns.items() if name not in tokens}
-        scored = {
-            name: score(reward, prompts, completions, others, **tokens) for name, reward in self.rewards.items()
-        }
+        scored = {name: score(reward, prompts, completions, others, **tokens) for name, reward in self.rewards.items()}
         parts = {
             f"{name}/{part}": values
             for name, scores in scored.items()
-            if len(scores.components) > 1
+            if len(scores.components) > 1 or learns(self.rewards[name])
             for part, values in scores.components.items()
         }
         return scored, parts
 
     def learn_from(self, scores: Scores) -> None:
-        """Passes what was scored in training on to the rewards that learn from it."""
+        """Passes what was scored in training on to the rewards that learn from it, to each its own components."""
         for name, reward in self.rewards.items():
-            if hasattr(reward, "learn_from"):
+            if learns(reward):
                 prefix = f"{name}/"
                 own = {key.removeprefix(prefix): x for key, x in scores.components.items() if key.startswith(prefix)}
-                reward.learn_from(Scores(own or {name: scores.components[name]}, {}))
+                reward.learn_from(Scores(own, dict(getattr(reward, "weights", {}))))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: reward.state_dict() for name, reward in self._stateful().items()}
@@ -91,3 +107,8 @@ class RewardGroup:
         for reward in self.rewards.values():
             freeze(reward, device)
         return self
+
+
+def learns(reward: Reward) -> bool:
+    """Whether a reward takes up what was scored in training; of a group, whether one of its rewards does."""
+    return reward.learns if isinstance(reward, RewardGroup) else hasattr(reward, "learn_from")

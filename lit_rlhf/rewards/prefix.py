@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.checks import check_int
@@ -26,10 +27,12 @@ class PrefixReward(RewardGroup):
     """
 
     name = "prefix"
+    place = "reward."
 
     def __init__(self, *, reward: Reward, every: int = 1) -> None:
         super().__init__({"reward": reward})
         self.every = check_int("reward.every", every, at_least=1)
+        self.weights = {}
 
     def __call__(
         self,
@@ -38,7 +41,7 @@ class PrefixReward(RewardGroup):
         completion_ids: Sequence[Sequence[int]],
         tokenizer: PreTrainedTokenizerBase,
         **columns: Any,
-    ) -> list[list[float]]:
+    ) -> dict[str, list[list[float]] | Tensor]:
         places = [
             (row, end)
             for row, ids in enumerate(completion_ids)
@@ -52,10 +55,13 @@ class PrefixReward(RewardGroup):
             for row, end in places
         ]
         repeated = {name: [values[row] for row, _ in places] for name, values in columns.items()}
-        scored, _ = self.score_all([prompts[row] for row, _ in places], texts, repeated)
+        tokens = {"completion_ids": [completion_ids[row][:end] for row, end in places], "tokenizer": tokenizer}
+        scored, parts = self.score_all([prompts[row] for row, _ in places], texts, {**repeated, **tokens})
         rewards = [[0.0] * len(ids) for ids in completion_ids]
         before = dict.fromkeys(range(len(completions)), 0.0)
         for (row, end), value in zip(places, scored["reward"].total.tolist(), strict=True):
             rewards[row][end - 1] = value - before[row]
             before[row] = value
-        return rewards
+        whole = [end == len(completion_ids[row]) for row, end in places]
+        self.weights = dict.fromkeys(parts, 0.0)
+        return {self.name: rewards, **{name: values[whole] for name, values in parts.items()}}

@@ -7,7 +7,7 @@ from classifiers import save_classifier
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import byte_tokenizer
 from lit_rlhf.rewards import CompositeReward, ConstrainedReward, EnsembleReward, ModelReward, PrefixReward
-from lit_rlhf.rewards.scoring import required_columns, score
+from lit_rlhf.rewards.scoring import Scores, required_columns, score
 
 
 def ones(prompts, completions, **columns):
@@ -66,9 +66,12 @@ class TestComposite:
         ("rewards", "weights", "message"),
         [
             ({}, {}, "reward.rewards is empty"),
-            ({"a": ones}, {"a": 1, "b": 1}, r"reward.weights names \['b'\], but the rewards are \['a'\]"),
-            ({"a": ones, "b": ones}, {"a": 1}, r"reward.weights has no weight for \['b'\]"),
+            ({"a": ones}, {"a": 1, "b": 1}, r"reward.weights.b: there is no such reward; they are a"),
+            ({"a": ones, "b": ones}, {"a": 1}, r"reward.weights.b is missing"),
+            ({"a": ones}, None, r"reward.weights must give .* got None"),
             ({"a": ones}, {"a": float("nan")}, r"reward.weights.a must be a finite number"),
+            ({"a/b": ones}, {"a/b": 1}, r"reward.rewards.a/b: .* another name"),
+            ({"a": 3}, {"a": 1}, r"reward.rewards.a must be a reward, got 3"),
         ],
     )
     def test_names_and_weights_must_match(self, rewards, weights, message):
@@ -83,6 +86,7 @@ class TestComposite:
     def test_to_moves_and_freezes_the_rewards_that_can_be(self):
         class Movable:
             device = "cpu"
+            __call__ = ones
 
             def to(self, device):
                 self.device = device
@@ -122,6 +126,7 @@ class TestEnsemble:
         ("rewards", "settings", "message"),
         [
             ({"a": ones}, {}, "needs at least two"),
+            ({"a": ones, "std": ones}, {}, "reward.rewards.std: .* another name"),
             (MEMBERS, {"combine": "max"}, "reward.combine must be one of mean, min, mean_minus_std, got 'max'"),
             (MEMBERS, {"combine": "mean_minus_std"}, "reward.k=None"),
             (MEMBERS, {"combine": "mean", "k": 1.0}, r"reward.k=1.0 with reward.combine=mean"),
@@ -198,3 +203,107 @@ class TestPrefix:
         scores = score(PrefixReward(reward=reward, every=2), [1, 2, 3], texts, {"offset": [7, 8, 9]},
                        [self.ids(t) for t in texts], byte_tokenizer())  # fmt: skip
         assert scores.total.tolist() == [25 + 107, 1 + 208, 16 + 309]
+
+
+class Learns:
+    """A reward with several components, one for tokens, that keeps what it is told to learn from."""
+
+    def __init__(self):
+        self.told = None
+        self.weights = {"a": 2.0, "tokens": 0.5}
+
+    def __call__(self, prompts, completions, completion_ids, extra):
+        return {
+            "a": [len(text) + x for text, x in zip(completions, extra, strict=True)],
+            "tokens": tokens(prompts, completions, completion_ids),
+        }
+
+    def learn_from(self, scores):
+        self.told = scores
+
+    def state_dict(self):
+        return {"told": None if self.told is None else float(self.told.total.sum())}
+
+    def load_state_dict(self, state):
+        self.loaded = state["told"]
+
+
+class LearnsOne(Learns):
+    """The same with a single component, of another name than any group gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = {}
+
+    def __call__(self, prompts, completions, extra):
+        return {"only": [len(text) + x for text, x in zip(completions, extra, strict=True)]}
+
+
+GROUPS = {
+    "composite": lambda inner: CompositeReward(rewards={"in": inner, "one": ones}, weights={"in": -2, "one": 3}),
+    "alone": lambda inner: CompositeReward(rewards={"in": inner}, weights={"in": -2}),
+    "ensemble": lambda inner: EnsembleReward(rewards={"in": inner, "one": ones}),
+    "objective": lambda inner: ConstrainedReward(objective=inner, constraint=ones, threshold=0, init_multiplier=3.0),
+    "constraint": lambda inner: ConstrainedReward(objective=ones, constraint=inner, threshold=9, init_multiplier=3.0),
+    "prefix": lambda inner: PrefixReward(reward=inner, every=2),
+}
+TOTALS = {
+    "composite": lambda x: -2 * x + 3,
+    "alone": lambda x: -2 * x,
+    "ensemble": lambda x: (x + 1) / 2,
+    "objective": lambda x: (x + 3) / 4,
+    "constraint": lambda x: (1 + 3 * x) / 4,
+    "prefix": lambda x: x,
+}
+TEXTS, IDS = ["abc", "x", "four5"], [[5, 6, 7], [8], [1, 2, 3, 4, 5]]
+
+
+class TestNesting:
+    def score(self, reward):
+        return score(reward, ["p"] * 3, TEXTS, {"extra": [0.5, 1.0, 2.0]}, IDS, byte_tokenizer())
+
+    @pytest.mark.parametrize("leaf", [Learns, LearnsOne])
+    @pytest.mark.parametrize("inner", GROUPS)
+    @pytest.mark.parametrize("outer", GROUPS)
+    def test_every_group_may_hold_every_group(self, outer, inner, leaf):
+        learner = leaf()
+        group = GROUPS[inner](learner)
+        reward = GROUPS[outer](group)
+        alone = self.score(leaf())
+        scores = self.score(reward)
+        inside = TOTALS[inner](alone.total)
+        torch.testing.assert_close(scores.total, TOTALS[outer](inside))
+
+        reward.learn_from(scores)
+        assert learner.told.weights == alone.weights
+        assert set(learner.told.components) == set(alone.components)
+        for name, values in alone.components.items():
+            torch.testing.assert_close(learner.told.components[name], values)
+        for level, constrained, mean in ((inner, group, alone.total.mean()), (outer, reward, inside.mean())):
+            if level == "objective":  # a constraint of 1, a threshold of 0
+                assert constrained.multiplier == pytest.approx(3 + 0.1 * (0 - 1))
+            if level == "constraint":
+                assert constrained.multiplier == pytest.approx(min(max(3 + 0.1 * (9 - float(mean)), 0), 100))
+
+        other = leaf()
+        fresh = GROUPS[inner](other)
+        GROUPS[outer](fresh).load_state_dict(reward.state_dict())
+        assert other.loaded == pytest.approx(float(alone.total.sum()))
+        assert getattr(fresh, "multiplier", None) == getattr(group, "multiplier", None)
+        assert required_columns(reward) == ["extra"]
+
+    def test_what_is_learned_from_chunks_is_what_is_learned_from_the_whole(self):
+        """As an algorithm does: it scores in chunks and puts the components together by their names."""
+        reward = GROUPS["prefix"](GROUPS["composite"](GROUPS["constraint"](learner := LearnsOne())))
+        chunks = [
+            score(reward, ["p"], [text], {"extra": [extra]}, [ids], byte_tokenizer())
+            for text, extra, ids in zip(TEXTS, [0.5, 1.0, 2.0], IDS, strict=True)
+        ]
+        names = [name for name, values in chunks[0].components.items() if values.ndim == 1]
+        joined = {name: torch.cat([chunk.components[name] for chunk in chunks]) for name in names}
+        reward.learn_from(Scores(joined, chunks[0].weights))
+        assert learner.told.components["only"].tolist() == [3.5, 2.0, 7.0]
+
+    def test_what_learns_nothing_is_logged_as_before(self):
+        assert list(self.score(GROUPS["composite"](GROUPS["alone"](lengths))).components) == ["in", "one"]
+        assert list(self.score(GROUPS["prefix"](lengths)).components) == ["prefix"]
