@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lit_rlhf.checks import check_int, check_number
+from lit_rlhf.checks import check_int, check_number, check_text
 from lit_rlhf.errors import UserError
 from lit_rlhf.rewards.http import JsonClient, Post
 
@@ -23,6 +23,14 @@ Judge which completion, A or B, answers or continues the prompt better: {rubric}
 
 Reply with one line: "Verdict: A", "Verdict: B" or "Verdict: tie"."""
 
+_AGAIN = """{question}
+
+You were asked this before and gave {count} {replies} that could not be read, the last between these tags:
+
+{quoted}
+
+Now reply as asked above, with nothing before it."""
+
 _SCORE = re.compile(
     r"(?P<label>\b(?:score|rating)\s*(?:is|[:=])?\s*)?"
     r"(?<![\w.,/-])(?P<value>-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(?P<of>\d+(?:\.\d+)?))?"
@@ -30,6 +38,7 @@ _SCORE = re.compile(
     re.IGNORECASE,
 )
 _VERDICT = re.compile(r"^(?:.*\bverdict\s*(?:is|[:=])?\s*)?(A|B|tie)\s*[.!]?$", re.IGNORECASE | re.MULTILINE)
+_SHOWN_REPLY = 300  # characters of an unreadable reply that the judge is shown
 _VERDICTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
@@ -54,9 +63,9 @@ class Opinion(NamedTuple):
 class Judge:
     """Asks a chat model and reads its replies as scores: what both rewards share.
 
-    The model is asked at temperature 0. After an unreadable reply it is asked again with the next seed; a server that
-    is deterministic at temperature 0 then repeats itself. What share of a completion's replies was unreadable is logged
-    as ``unreadable`` and does not count.
+    The model is asked at temperature 0. After an unreadable reply it is asked again, with the next seed and shown that
+    reply: to the same question alone it would say the same. What share of a completion's replies was unreadable is
+    logged as ``unreadable`` and does not count.
 
     Args:
         base_url: of the server, as http://localhost:8000; ``/v1/chat/completions`` is appended.
@@ -93,10 +102,8 @@ class Judge:
         max_bytes: int = 1_000_000,
         token_env: str | None = None,
     ) -> None:
-        if not rubric.strip():
-            raise UserError("reward.rubric is empty: say what makes a completion good")
-        self._rubric = rubric.strip()
-        self._model = model
+        self._rubric = check_text("reward.rubric", rubric).strip()
+        self._model = check_text("reward.model", model)
         self._unreadable = None if unreadable is None else check_number("reward.unreadable", unreadable)
         self._attempts = check_int("reward.attempts", attempts, at_least=1)
         self._max_tokens = check_int("reward.max_tokens", max_tokens, at_least=1)
@@ -121,7 +128,7 @@ class Judge:
         for attempt in range(self._attempts):
             body = {
                 "model": self._model,
-                "messages": [{"role": "user", "content": question}],
+                "messages": [{"role": "user", "content": _again(question, reply, attempt) if attempt else question}],
                 "temperature": 0,
                 "max_tokens": self._max_tokens,
                 "seed": self._seed + attempt,
@@ -206,7 +213,7 @@ class JudgeComparison(Judge):
 
     def __init__(self, *, column: str = "reference", **judge: Any) -> None:
         super().__init__(**judge)
-        self._column = column
+        self._column = check_text("reward.column", column)
         self.columns = [column]
 
     async def __call__(
@@ -263,6 +270,12 @@ def quote(**texts: str) -> str:
     """The texts between tags that none of them can forge: their mark is a hash of all the texts."""
     mark = hashlib.sha256(repr(texts).encode()).hexdigest()[:8]
     return "\n\n".join(f"<{name} {mark}>\n{text}\n</{name} {mark}>" for name, text in texts.items())
+
+
+def _again(question: str, reply: str, count: int) -> str:
+    """The question after ``count`` unreadable replies; one message, as not every model knows turns."""
+    replies = "reply" if count == 1 else "replies"
+    return _AGAIN.format(question=question, count=count, replies=replies, quoted=quote(reply=reply[:_SHOWN_REPLY]))
 
 
 def _read_swapped(reply: str) -> float | None:

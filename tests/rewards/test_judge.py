@@ -114,6 +114,19 @@ class TestJudgeReward:
         assert components == {"judge": [1], "unreadable": [pytest.approx(2 / 3)]}
         assert total == [1]
 
+    def test_a_deterministic_judge_is_asked_another_question_after_every_unreadable_reply(self):
+        def stubborn(question):  # says the same to the same question, and the score once it is told twice
+            return "Score: 4" if "gave 2 replies" in question else "It is {fine}. " * 40
+
+        with Server(says(stubborn)) as server:
+            components, _ = ask(judge(server, attempts=3), ["a"])
+            first, second, third = (request.body["messages"][0]["content"] for request in server.requests)
+        assert components["judge"] == [pytest.approx(3 / 9)]
+        assert len({first, second, third}) == 3
+        assert first in second
+        assert first in third
+        assert inside(second, "reply") == ("It is {fine}. " * 40)[:300]
+
     def test_a_reply_that_stays_unreadable_takes_the_configs_number(self):
         with Server(says(lambda question: "5" if inside(question, "completion") == "good" else "hm")) as server:
             components, total = ask(judge(server, low=0, unreadable=-1, attempts=2), ["good", "bad"])
@@ -146,7 +159,9 @@ class TestJudgeReward:
         ("bad", "message"),
         [
             ({"low": 10}, r"reward\.low=10 must be below reward\.high=10"),
-            ({"rubric": " "}, r"reward\.rubric is empty"),
+            ({"rubric": " "}, r"reward\.rubric must be a text, got ' '"),
+            ({"rubric": None}, r"reward\.rubric must be a text, got None"),
+            ({"model": None}, r"reward\.model must be a text, got None"),
             ({"attempts": 0}, r"reward\.attempts"),
             ({"max_tokens": 0}, r"reward\.max_tokens"),
             ({"seed": -1}, r"reward\.seed"),
