@@ -47,6 +47,17 @@ def check_bool(key: str, value: bool) -> bool:
     return value
 
 
+def check_text(key: str, value: str) -> str:
+    """``value``, if it is a text with something in it.
+
+    Raises:
+        UserError: it is not; names ``key`` and ``value``.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{key} must be a text, got {value!r}")
+    return value
+
+
 def check_int(key: str, value: int, *, at_least: int) -> int:
     """``value``, if it is a whole number of at least ``at_least``.
 

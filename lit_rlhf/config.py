@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_rlhf.config_types import check_types
 from lit_rlhf.errors import UserError
-from lit_rlhf.overrides import replace_parts
+from lit_rlhf.overrides import drop_keys_not_given, replace_parts
 from lit_rlhf.sweep import Sweep
 
 _PACKAGE = Path(__file__).parent
@@ -36,6 +38,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         @functools.wraps(task)
         def guarded(config: DictConfig) -> Any:
             try:
+                drop_keys_not_given(config, list(HydraConfig.get().overrides.task))
                 return task(config)
             except (UserError, OmegaConfBaseException) as error:
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -47,6 +50,10 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
         @functools.wraps(task)
         def main() -> None:
+            try:
+                refuse_no_member(sys.argv[1:])
+            except UserError as error:
+                sys.exit(f"\n{error}")
             sys.argv[1:] = replace_parts(sys.argv[1:])
             try:
                 run()
@@ -57,6 +64,16 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         return main
 
     return decorate
+
+
+def refuse_no_member(overrides: list[str]) -> None:
+    """Raises UserError for ``reward=null``: Hydra has only a traceback for it."""
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        folder = CONFIG_DIR / key.partition("@")[0]
+        if value.strip() in ("null", "") and key and folder.is_dir():
+            members = sorted(path.stem for path in folder.glob("*.yaml"))
+            raise UserError(f"{override}: the group has no such member, but {', '.join(members)}")
 
 
 def instantiate(node: Any, key: str, **objects: Any) -> Any:
@@ -78,21 +95,49 @@ def instantiate(node: Any, key: str, **objects: Any) -> Any:
         made = hydra.utils.instantiate(node, _convert_="all", **objects)
         if isinstance(made, functools.partial):
             _check_keywords(made, key)  # else a wrong key would be found out only when the call is completed
+        check_types(_plain(node), key)  # only now, for a constructor says more of what is wrong
         return made
     except InstantiationException as error:
         cause = error.__cause__
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, UserError):
+            cause.args = (_with_full_key(str(cause), key, node, str(error)),)
             raise cause from None
         if isinstance(cause, Exception) and os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
+        check_types(_plain(node), key)
         raise UserError(f"config key '{key}': {_first_words(cause or error)}") from error
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else node
+
+
+def _with_full_key(message: str, key: str, node: Any, report: str) -> str:
+    """What a constructor says, with the place of its config node: it knows its own parameters alone.
+
+    A reward calls them ``reward.<name>``, wherever it stands.
+
+    >>> _with_full_key("reward.n must be 1", "gold", {}, "full_key: rewards.distinct")
+    'gold.rewards.distinct.n must be 1'
+    >>> _with_full_key("prompts=[]: none", "data", {"prompts": []}, "")
+    'data.prompts=[]: none'
+    """
+    if key in ("reward", "gold"):
+        inside = re.search(r"^full_key: (.+)$", report, flags=re.MULTILINE)
+        place = f"{key}.{inside[1]}" if inside else key
+        message = re.sub(r"\breward\.(?=\w)", lambda _: f"{place}.", message)
+    parameter = re.match(r"(\w+)=", message)
+    if parameter and parameter[1] in node:
+        return f"{key}.{message}"
+    named = re.search(rf"\b{re.escape(key)}\.\w|\b[a-z_]+\.[a-z_]+(=| must)|config key", message)
+    return message if named else f"config key '{key}': {message}"
 
 
 def _without_calls(node: Any) -> Any:
     """The node with every function in it, a member of a composite too, to be returned instead of called."""
-    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else node
+    plain = _plain(node)
     if isinstance(plain, list):
         return [_without_calls(item) for item in plain]
     if not isinstance(plain, dict):

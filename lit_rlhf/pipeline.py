@@ -14,10 +14,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.config import CONFIG_DIR, command, differences, flatten, refuse_unknown, resolved
+from lit_rlhf.config import CONFIG_DIR, command, differences, flatten, refuse_no_member, refuse_unknown, resolved
 from lit_rlhf.errors import UserError
-from lit_rlhf.overrides import decode_key, encode_key, quote, replace_parts
+from lit_rlhf.overrides import (
+    decode_key,
+    drop_keys_not_given,
+    encode_key,
+    quote,
+    replace_parts,
+    replaced_parts,
+    without_parts,
+)
 from lit_rlhf.run_folder import CONFIG, read_summary, replace_file
+from lit_rlhf.sweep import label_job
 from lit_rlhf.terminal import print_result
 from lit_rlhf.train import optimized_value, train
 
@@ -58,7 +67,7 @@ def run_pipeline(config: DictConfig) -> float | None:
             [
                 f"seed={plain['seed']}",
                 f"tags={quote(plain['tags'])}",
-                *overrides,
+                *without_parts(overrides, replaced_parts(own)),
                 *own,
                 f"paths.output_dir={quote(str(folder / name))}",
                 "ckpt_path=auto",
@@ -66,9 +75,10 @@ def run_pipeline(config: DictConfig) -> float | None:
         )
         if number < len(stages):
             stage.optimized_metric = None  # the last stage's counts, and this one need not have logged its own
-        if "wandb" in (stage.get("logger") or {}):
-            stage.logger.wandb.group = plain["task_name"]
-            stage.logger.wandb.name = f"{plain['task_name']}/{name}"
+        label_job(stage, name)
+        if logger := (stage.get("logger") or {}).get("wandb"):
+            logger.group = logger.group or plain["task_name"]
+            logger.name = logger.name or f"{plain['task_name']}/{name}"
         require_same_inputs(folder / name, made)
         if is_complete(folder / name, stage):
             log.info("[%d/%d] %s is complete: %s", number, len(stages), name, folder / name)
@@ -91,11 +101,14 @@ def compose_stage(overrides: list[str]) -> DictConfig:
     """A ``train`` config from overrides, as the command line would compose it."""
     # Hydra keeps one composer per process, and the pipeline's own is in use: put it back afterwards.
     overrides = [*replace_parts(overrides), f"hydra.searchpath={quote(user_config_dirs())}"]
+    refuse_no_member(overrides)
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-            return compose("train", overrides=overrides)
+            config = compose("train", overrides=overrides)
+            drop_keys_not_given(config, overrides)
+            return config
     finally:
         GlobalHydra.instance().clear()
         if outer is not None:

@@ -8,6 +8,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -123,32 +124,63 @@ def band(runs: Sequence[Run], metric: str, axis: str, colour: str) -> Band | Non
 # --- the page ---
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the page shows, before anything is drawn.
+
+    Attributes:
+        members: the runs, and the jobs that left none.
+        keys: what they vary.
+        settings: the runs by what they vary.
+        titles: metric -> title, of those that are compared.
+    """
+
+    members: list[Member]
+    keys: list[str]
+    settings: list[Setting]
+    titles: dict[str, str]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [member.run for member in self.members if member.run is not None]
+
+
+def compare(paths: Sequence[Path]) -> Comparison:
+    """The runs in these folders, by what they vary.
+
+    Raises:
+        UserError: a folder holds no run, or a file cannot be read.
+    """
+    members = collect(paths)
+    keys, settings = group(members)
+    for setting, colour in zip(settings, setting_colours(len(settings)), strict=True):
+        setting.colour = colour
+    titles = _metrics([member.run for member in members if member.run is not None])
+    return Comparison(members=members, keys=keys, settings=settings, titles=titles)
+
+
 def build_comparison(paths: Sequence[Path], folder: Path) -> Path:
     """Writes `<folder>/report.html`, its pictures also as PNG into `<folder>/pictures/`, and returns the page's path.
 
     Raises:
         UserError: a folder holds no run, a file cannot be read, or nothing can be written there.
     """
-    members = collect(paths)
-    keys, settings = group(members)
-    for setting, colour in zip(settings, setting_colours(len(settings)), strict=True):
-        setting.colour = colour
-    runs = [member.run for member in members if member.run is not None]
-    titles = _metrics(runs)
+    comparison = compare(paths)
+    members, settings, titles, runs = comparison.members, comparison.settings, comparison.titles, comparison.runs
     pictures = [*_frontiers(settings, titles), *_curves(settings, titles)]
-    columns, prompts = _samples(settings)
+    columns, prompts = samples(settings)
     page = render(
         "report_comparison.html.jinja",
         title=folder.absolute().name if len(paths) == 1 else f"{len(members)} runs",
         facts=_facts(members, settings),
         settings=settings,
-        keys=keys if len(keys) <= 4 else [],
+        keys=comparison.keys if len(comparison.keys) <= 4 else [],
         many=len(settings) > MANY,
         seeds=any(len(setting.members) > 1 for setting in settings),
         hollow=any(not evaluations(run, "objective/scores")[1] for run in runs if run.online),
         held_out=[run for run in runs if any(name.startswith("val/") for row in run.rows for name in row)] == runs,
         metrics=[{"title": title, "unit": _unit(name)} for name, title in titles.items()],
-        table=_table(settings, titles, folder),
+        table=table(settings, titles, folder),
         pictures=pictures,
         columns=columns,
         prompts=prompts,
@@ -192,10 +224,13 @@ def _picture(file: str, draw: Any, settings: list[Setting], *, title: str, under
     return {"file": file, "title": title, "under": under, "svg": svg, "png": png, "wide": size[0] > 5}
 
 
+def is_reward(metric: str) -> bool:
+    """Whether a metric is drawn against the KL."""
+    return metric == "objective/scores" or metric.startswith("gold/")
+
+
 def _frontiers(settings: list[Setting], titles: dict[str, str]) -> Iterable[dict[str, Any]]:
-    for metric in titles:
-        if metric != "objective/scores" and not metric.startswith("gold/"):
-            continue
+    for metric in filter(is_reward, titles):
         clouds, drawn = [], []
         for setting in settings:
             found = [evaluations(run, metric) for run in setting.runs]
@@ -217,9 +252,14 @@ def _frontiers(settings: list[Setting], titles: dict[str, str]) -> Iterable[dict
             )
 
 
-def _curves(settings: list[Setting], titles: dict[str, str]) -> Iterable[dict[str, Any]]:
+def x_axis(settings: list[Setting]) -> str:
+    """What the curves are drawn over."""
     rows = [row for setting in settings for run in setting.runs for row in run.rows]
-    axis = "episode" if all("episode" in row for row in rows) else "iteration"
+    return "episode" if all("episode" in row for row in rows) else "iteration"
+
+
+def _curves(settings: list[Setting], titles: dict[str, str]) -> Iterable[dict[str, Any]]:
+    axis = x_axis(settings)
     online = any(run.online for setting in settings for run in setting.runs)
     x_label = axis if axis == "iteration" else "completions sampled" if online else "examples seen"
     for metric, title in titles.items():
@@ -241,7 +281,8 @@ def _file_name(metric: str) -> str:
     return re.sub(r"[^\w.-]+", "_", metric)[:80]
 
 
-def _table(settings: list[Setting], titles: dict[str, str], folder: Path) -> list[dict[str, Any]]:
+def table(settings: list[Setting], titles: dict[str, str], folder: Path) -> list[dict[str, Any]]:
+    """A row for every setting: of each metric the final values' mean, lowest and highest, and how its runs ended."""
     rows = []
     for setting in settings:
         values = []
@@ -272,7 +313,7 @@ def _link(member: Member, folder: Path) -> str | None:
     return quote(os.path.relpath(page.absolute(), folder.absolute())) if page.is_file() else None
 
 
-def _samples(settings: list[Setting]) -> tuple[list[Setting], list[dict[str, Any]]]:
+def samples(settings: list[Setting]) -> tuple[list[Setting], list[dict[str, Any]]]:
     """The newest completions of the same prompts, one column for every setting: the first of its seeds that has any."""
     columns = {}
     for setting in settings:

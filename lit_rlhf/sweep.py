@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
@@ -31,14 +32,18 @@ class Sweep(Callback):
     """Hydra's callback of every command. Hydra copies it into the jobs' processes. Does nothing in a single run."""
 
     _open: ClassVar["Sweep | None"] = None  # in the process that launches the jobs
+    job: ClassVar["Sweep | None"] = None  # in the process of a job
 
     def __init__(self) -> None:
         self._folder: Path | None = None
         self._threads: int | None = None
+        self.fixed: set[str] = set()  # the keys that have the same value in all jobs
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         self._folder = Path(config.hydra.sweep.dir).absolute()
         self._threads = threads_per_job(config.hydra.launcher)
+        given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        self.fixed = {split_override(o.input_line)[0] for o in given if not o.is_sweep_override()}
         for earlier in self._folder.rglob(JOB):
             earlier.unlink()
         Sweep._open = self
@@ -46,6 +51,7 @@ class Sweep(Callback):
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if self._folder is None:
             return
+        Sweep.job = self
         if self._threads is not None:
             import torch
 
@@ -67,7 +73,7 @@ class Sweep(Callback):
         job_return.status, job_return.return_value = JobStatus.COMPLETED, value
 
     def on_multirun_end(self, **_: Any) -> None:
-        failed = self._close()
+        failed = self._close(share=True)
         if failed:
             sys.exit(failed)  # of exceptions Hydra makes warnings
 
@@ -75,9 +81,9 @@ class Sweep(Callback):
     def cut_short(cls) -> None:
         """Writes what there is of a multirun that ended by an exception, of which Hydra tells no callback."""
         if cls._open is not None:
-            cls._open._close()
+            cls._open._close(share=False)  # whoever interrupts does not want to wait for an upload
 
-    def _close(self) -> str:
+    def _close(self, *, share: bool) -> str:
         """Writes sweep.csv and the report; returns a message that names the failed jobs, if any."""
         Sweep._open = None
         jobs = read_jobs(self._folder)
@@ -89,7 +95,7 @@ class Sweep(Callback):
             lines.append(f"  {job['job']} ({chosen}): {job['error'].partition(chr(10))[0]}")
         if jobs:
             write_table(self._folder, jobs)
-            write_report(self._folder)
+            write_report(self._folder, share=share)
         return "\n".join(lines) if failed else ""
 
 
@@ -109,14 +115,22 @@ def threads_per_job(launcher: DictConfig) -> int | None:
     return 1 if launcher._target_.endswith("submitit_launcher.LocalLauncher") else None
 
 
-def label_job(config: DictConfig) -> None:
-    """Gives a job of a multirun its W&B group, the multirun's folder, and name, its overrides, unless they are set."""
+def label_job(config: DictConfig, stage: str | None = None) -> None:
+    """Gives a job of a multirun its W&B group, the multirun's folder, and name, unless they are set.
+
+    The name is the overrides in which the jobs differ. The job of a multirun of pipelines has a run for every
+    ``stage``, whose name ends with that.
+    """
     logger = (config.get("logger") or {}).get("wandb")
     if logger is None or not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return
     hydra = HydraConfig.get()
+    given = list(map(split_override, hydra.overrides.task))
+    varied = [(key, value) for key, value in given if Sweep.job is None or key not in Sweep.job.fixed]
+    overrides = ",".join(f"{key}={value}" for key, value in varied or given)
+    end = f" {stage}" if stage else ""
     logger.group = logger.group or Path(hydra.sweep.dir).name
-    logger.name = logger.name or f"{hydra.job.num} {hydra.job.override_dirname}"[:128]  # W&B takes no longer ones
+    logger.name = logger.name or f"{hydra.job.num} {overrides}"[: 128 - len(end)] + end  # W&B takes no longer ones
 
 
 def _note(config: DictConfig, status: str, value: float | None = None, error: str = "") -> None:
@@ -154,13 +168,21 @@ def write_table(folder: Path, jobs: list[dict[str, Any]]) -> None:
     log.info("%d jobs: %s", len(jobs), folder / TABLE)
 
 
-def write_report(folder: Path) -> None:
+def write_report(folder: Path, *, share: bool) -> None:
+    """Writes the report over all jobs; with ``share``, W&B gets it, too, if the jobs are there."""
     from lit_rlhf.report import build_report  # here, because its plotting library takes half a second to import
+    from lit_rlhf.report_wandb import share_comparison
 
     try:
         log.info("report: %s", build_report(folder))
     except UserError as error:
         log.warning("no report: %s", error)
+        return
+    try:
+        if share:
+            share_comparison(folder)
+    except Exception as error:  # else the command would not say which jobs failed
+        log.warning("no report in W&B: %s: %s", type(error).__name__, error)
 
 
 def _keys(jobs: list[dict[str, Any]], part: str) -> list[str]:

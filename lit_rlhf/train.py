@@ -61,6 +61,8 @@ def build(config: DictConfig) -> Run:
     refuse_unknown(config, {"output_dir"}, under="paths")
     quiet()
     keep_freed_memory()
+    if not isinstance(config.paths.output_dir, str) or not config.paths.output_dir:
+        raise UserError(f"paths.output_dir must be a folder, got {config.paths.output_dir!r}")
     if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {config.seed}")
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -80,6 +82,8 @@ def build(config: DictConfig) -> Run:
         callbacks=instantiate_all(config.get("callbacks"), "callbacks"),
     )
     datamodule = instantiate(config.data, "data")
+    if not hasattr(datamodule, "train_dataloader"):
+        raise UserError(f"config key 'data' makes a {type(datamodule).__name__}, which has no train_dataloader()")
     algorithm.config = {**resolved(config), "precision_used": precision}
     return Run(folder, algorithm.config, algorithm, datamodule, trainer)
 
@@ -96,7 +100,7 @@ def train(config: DictConfig) -> float | None:
         UserError: a mistake in the config, the data or the reward. What the run wrote so far stays.
     """
     trainer = probe(config)
-    folder = Path(config.paths.output_dir).absolute()
+    folder = Path(config.paths.output_dir or "").absolute()
     if (count := processes_to_start(trainer)) > 1:
         try:
             run_in_processes(train_here, count, resolved(config))
@@ -105,7 +109,8 @@ def train(config: DictConfig) -> float | None:
                 write_summary(folder, status="failed")  # all of its processes were ended
     else:
         folder = agree(trainer, folder)  # a launcher's processes have each composed their own config, with the time
-        train_here(OmegaConf.merge(config, {"paths": {"output_dir": str(folder)}}))
+        config.paths.output_dir = config.paths.output_dir and str(folder)
+        train_here(config)
     gc.collect()
     return optimized_value(read_summary(folder), config.optimized_metric)
 

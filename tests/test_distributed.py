@@ -22,7 +22,6 @@ from lit_rlhf.pipeline import compose_stage
 from lit_rlhf.run_folder import read_metrics, read_samples, read_summary
 from lit_rlhf.train import train
 
-pytestmark = pytest.mark.xdist_group("two_processes")  # what they did is looked at by many tests
 KINDS = ("ddp", "fsdp2")
 COUNTS = ("policy/clipfrac", "value/clipfrac")  # a ratio on the edge falls to either side by rounding
 

@@ -144,7 +144,7 @@ def _load_reward_model(path: str, policy: Policy) -> PreTrainedModel:
 
 
 def _require_same_vocabulary(path: str, model: PreTrainedModel, policy: Policy) -> None:
-    size, expected = model.config.get_text_config().vocab_size, policy.base.config.get_text_config().vocab_size
+    size, expected = model.config.get_text_config().vocab_size, policy.vocabulary
     if size != expected:
         raise UserError(
             f"critic.init={path} cannot be the critic: it reads {size} token ids and the policy writes {expected}. A "

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lit_rlhf.checks import check_int
 from lit_rlhf.distributed import rank, shard, whole
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import entropy_from_logits, selective_logprobs
@@ -123,6 +124,9 @@ class Policy(nn.Module):
         ``tokenizer`` is a path or hub name, or ``bytes``: one token a byte, made on the spot.
         """
         made = byte_tokenizer() if tokenizer == "bytes" else AutoTokenizer.from_pretrained(resolve_model(tokenizer))
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if name in config:
+                check_int(f"policy.{name}", config[name], at_least=1)
         special = {"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id}
         try:
             model_config = AutoConfig.for_model(
@@ -144,6 +148,11 @@ class Policy(nn.Module):
     @property
     def hidden_size(self) -> int:
         return self.base.config.get_text_config().hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids that the model tells apart."""
+        return self.base.config.get_text_config().vocab_size
 
     @property
     def context_length(self) -> int | None:

@@ -9,6 +9,7 @@ the user's cache, and found there ever after:
     <cache>/human_ratings             the text files of Hutto & Gilbert 2014, and source.json
 """
 
+import functools
 import itertools
 import json
 import shutil
@@ -19,9 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from filelock import FileLock
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.utils import HFValidationError, filter_repo_objects, validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -151,7 +153,21 @@ def resolve_model(name: str) -> str:
             f"there is no model {name!r}: it is no folder, and no model id like 'organisation/model' either. "
             f"Short names are {', '.join(HUB_IDS)}."
         )
+    _look_for_hub()
     return name
+
+
+@functools.cache
+def _look_for_hub() -> None:
+    """Leaves transformers its cache alone where nothing answers at the hub's address: it would try for a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except httpx.ConnectError:
+        constants.HF_HUB_OFFLINE = True
+    except httpx.HTTPError:  # a slow hub is a hub
+        pass
 
 
 def _complete(target: Path) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from lit_rlhf.checks import check_text
 from lit_rlhf.errors import UserError
 
 
@@ -23,7 +24,7 @@ class FunctionReward:
     """
 
     def __init__(self, *, function: str) -> None:
-        self._function = _load(function)
+        self._function = _load(check_text("reward.function", function))
         self.name = function.rpartition(".")[2]
         with suppress(TypeError, ValueError):  # some functions written in C have none
             self.__signature__ = inspect.signature(self._function)  # says which arguments it asks for

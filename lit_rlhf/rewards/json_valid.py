@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from lit_rlhf.checks import check_bool
 from lit_rlhf.errors import UserError
 
 
@@ -23,12 +24,13 @@ class JsonReward:
     name = "json"
 
     def __init__(self, *, required_keys: Sequence[str] = (), partial: bool = False) -> None:
-        if isinstance(required_keys, str):
+        listed = isinstance(required_keys, Sequence) and not isinstance(required_keys, str)
+        if not listed or not all(isinstance(key, str) for key in required_keys):
             raise UserError(f"reward.required_keys must be a list of keys, got {required_keys!r}")
         if partial and not required_keys:
             raise UserError("reward.partial=true needs reward.required_keys: without them there is nothing to share")
         self._keys = frozenset(required_keys)
-        self._partial = partial
+        self._partial = check_bool("reward.partial", partial)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **_columns: Any) -> list[float]:  # noqa: ARG002
         return [self._score(text) for text in completions]

@@ -25,7 +25,8 @@ class KeywordReward:
 
     def __init__(self, *, keywords: Sequence[str] = (), forbidden: Sequence[str] = ()) -> None:
         for key, words in (("keywords", keywords), ("forbidden", forbidden)):
-            if isinstance(words, str) or not all(isinstance(word, str) and word.strip() for word in words):
+            listed = isinstance(words, Sequence) and not isinstance(words, str)
+            if not listed or not all(isinstance(word, str) and word.strip() for word in words):
                 raise UserError(f"reward.{key} must be a list of words, got {words!r}")
         wanted, unwanted = ({word.strip().lower() for word in words} for words in (keywords, forbidden))
         if not wanted | unwanted:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rlhf.checks import check_number
+from lit_rlhf.checks import check_int, check_text
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.scorer import Scorer
 from lit_rlhf.rewards.text import Scope, check_scope, texts_to_score
@@ -44,9 +44,15 @@ class ModelReward:
         on: Scope = "text",
         positive_label: str | int | None = None,
     ) -> None:
-        self.batch_size = int(check_number("reward.batch_size", batch_size, at_least=1))
+        self.batch_size = check_int("reward.batch_size", batch_size, at_least=1)
         self.on = check_scope(on)
-        self.scorer = Scorer.from_pretrained(path=path, max_length=max_length).eval().requires_grad_(False)
+        if max_length is not None:
+            check_int("reward.max_length", max_length, at_least=1)
+        try:
+            scorer = Scorer.from_pretrained(path=check_text("reward.path", path), max_length=max_length)
+        except UserError as error:  # of an argument of the same name
+            raise UserError(f"reward.{error}" if str(error).startswith("path=") else str(error)) from error
+        self.scorer = scorer.eval().requires_grad_(False)
         self.label = _label(self.scorer.model.config.id2label, positive_label, path)
         self.device: torch.device | str = "cpu"
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lit_rlhf.checks import check_bool
 from lit_rlhf.errors import UserError
 
 
@@ -21,13 +22,15 @@ class RegexReward:
     name = "regex"
 
     def __init__(self, *, pattern: str, whole: bool = False) -> None:
-        if not pattern:
+        if pattern == "":
             raise UserError("reward.pattern is empty: it would match every completion")
+        if not isinstance(pattern, str):
+            raise UserError(f"reward.pattern must be a text, got {pattern!r}")
         try:
             self._pattern = re.compile(pattern, re.DOTALL)
         except re.error as error:
             raise UserError(f"reward.pattern={pattern!r} is no regular expression: {error}") from error
-        self._whole = whole
+        self._whole = check_bool("reward.whole", whole)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **_columns: Any) -> list[float]:  # noqa: ARG002
         if self._whole:

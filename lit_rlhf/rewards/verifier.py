@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from lit_rlhf.checks import check_text
 from lit_rlhf.errors import UserError
 
 _NUMBER = r"(?<![\d.])[-+]?(?:\d[\d,]*\.?\d*|\.\d+)"
@@ -27,13 +28,14 @@ class VerifierReward:
     name = "verifier"
 
     def __init__(self, *, column: str = "answer", pattern: str | None = None) -> None:
+        pattern = f"({_NUMBER})" if pattern is None else check_text("reward.pattern", pattern)
         try:
-            self._pattern = re.compile(pattern if pattern is not None else f"({_NUMBER})")
+            self._pattern = re.compile(pattern)
         except re.error as error:
             raise UserError(f"reward.pattern={pattern!r} is no regular expression: {error}") from error
         if self._pattern.groups != 1:
             raise UserError(f"reward.pattern={pattern!r} must have one group, around the answer")
-        self._column = column
+        self._column = check_text("reward.column", column)
         self.columns = [column]
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:  # noqa: ARG002

@@ -2,16 +2,19 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from command_line import TINY, Result, run_here, write_module
 from hydra import compose, initialize_config_dir
 from wandb_file import runs
 
 from lit_rlhf.config import CONFIG_DIR
+from lit_rlhf.errors import UserError
 from lit_rlhf.train import build, train
 
 MODULE = '''
@@ -42,6 +45,13 @@ def length(prompts, completions, **columns):
 async def length_later(prompts, completions, **columns):
     await asyncio.sleep(0)
     return length(prompts, completions)
+
+class Counts:
+    def __init__(self, letter):
+        self.letter = letter
+
+    def __call__(self, prompts, completions, **columns):
+        return [float(text.count(self.letter)) for text in completions]
 
 calls = 0
 
@@ -132,8 +142,27 @@ def start(*overrides: str) -> Result:
         ("kl._target_=lit_rlhf.kl.Fixed", ["'kl'", "lit_rlhf.kl.Fixed"]),
         ("kl.coef=-1", ["kl.coef", "-1"]),
         ("kl.coef=much", ["kl.coef", "much"]),
-        ("trainer.devices=2", ["one process", "trainer.devices=2"]),
-        ("trainer.precision=half", ["'trainer'", "half"]),
+        ("trainer.devices=0", ["'trainer'", "devices=0"]),
+        ("trainer.precision=half", ["trainer.precision must be", "half"]),
+        ("trainer.max_epochs=word", ["trainer.max_epochs must be a whole number or null", "word"]),
+        ("trainer.max_epochs=1.5", ["trainer.max_epochs", "1.5"]),
+        ("trainer.gradient_clip_val=nan", ["trainer.gradient_clip_val", "nan"]),
+        ("sampler.temperature=hot", ["sampler.temperature must be a number", "hot"]),
+        ("sampler.stop_tokens=[5,999999]", ["sampler.stop_tokens=[5, 999999]", "259 tokens"]),
+        ("policy.num_hidden_layers=-1", ["policy.num_hidden_layers", "at least 1", "-1"]),
+        ("paths.output_dir=null", ["paths.output_dir", "None"]),
+        ("data._target_=builtins.dict", ["'data'", "dict", "train_dataloader"]),
+        ("sampler.stop_tokens=5", ["sampler.stop_tokens must be a list", "5"]),
+        ("data.shuffle=maybe", ["data.shuffle must be true or false", "maybe"]),
+        ("optimizer.lr=null", ["optimizer.lr must be a number, got", "None"]),
+        ("optimizer.betas=0.9", ["optimizer.betas must be a list", "0.9"]),
+        ("scheduler.num_warmup_steps=word", ["scheduler.num_warmup_steps must be a whole number or null", "word"]),
+        ("trainer.gradient_clip_val=-1", ["trainer.gradient_clip_val must be at least 0, got -1"]),
+        ("trainer.check_val_every_n_epoch=0", ["trainer.check_val_every_n_epoch must be at least 1, got 0"]),
+        ("data.columns=3", ["data.columns must be a mapping", "3"]),
+        ("data.prompts=null", ["data.prompts=None"]),
+        ("reward=null", ["reward=null", "vader"]),
+        ("optimizer=null", ["optimizer=null", "adamw"]),
     ],
 )  # fmt: skip
 def test_a_key_or_member_that_nobody_reads_is_refused(override, parts, folder):
@@ -151,6 +180,16 @@ def test_a_key_that_another_key_refers_to_is_read(folder):
     assert build(config).algorithm.kl.coef == 0.3
 
 
+def test_a_users_own_class_gets_no_keys_that_an_experiment_gives_to_a_member(user_module, folder):
+    own = [f"reward._target_={user_module}.Counts", "reward.letter=e", f"data._target_={user_module}.make_prompts"]
+    small = [override for override in TINY if not override.startswith("data")]
+    result = run_here("train", "experiment=tiny", *small, *own, "paths.output_dir=run")  # it sets reward.pattern
+    assert result.code == 0, result.err
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert config["reward"] == {"_target_": f"{user_module}.Counts", "letter": "e"}
+    assert config["data"] == {"_target_": f"{user_module}.make_prompts"}
+
+
 def test_a_missing_value_names_its_key(folder):
     refused(run_here("train", "policy=tiny", "data=list", "paths.output_dir=run"), "data.prompts")
 
@@ -158,7 +197,7 @@ def test_a_missing_value_names_its_key(folder):
 @pytest.mark.parametrize("override", ["optimizer.lr=-1", "optimizer.lr=fast", "scheduler.name=steep"])
 def test_a_value_that_the_optimizer_or_the_scheduler_refuses_is_named(override, folder):
     group, *_ = override.replace(".", "=").split("=")
-    refused(start(override, "trainer.limit_val_batches=0"), f"'{group}'")
+    refused(start(override, "trainer.limit_val_batches=0"), group)
 
 
 # ---- sizes, prompts, data -------------------------------------------------------------------------------------------
@@ -264,6 +303,35 @@ def test_the_whole_traceback_is_there_for_the_asking(folder, monkeypatch):
     with pytest.raises(Exception, match="rollout_batch_size=4 is not divisible") as caught:
         start("algorithm.minibatch_size=3")
     assert any(entry.name == "exact_div" for entry in caught.traceback)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["reward=composite", "reward.rewards.length.target=-1"], "reward.rewards.length.target"),
+        (["reward=constrained", "reward.constraint.n=0"], "reward.constraint.n"),
+        (["reward=prefix", "reward.reward.on=both"], "reward.reward.on"),
+        (["reward@gold=length", "gold.target=nan"], "gold.target"),
+        (["reward@gold=composite", "gold.weights.vader=nan"], "gold.weights.vader"),
+        (["reward=constrained", "reward.objective=null"], "reward.objective"),
+        (["reward=constrained", "reward.init_multiplier=200"], "reward.init_multiplier"),
+        (["reward=ensemble", "reward.paths=word"], "reward.paths"),
+        (["reward=ensemble", "reward.paths=[a,b]", "reward.combine=max"], "reward.combine"),
+        (["reward=model", "reward.path=null"], "reward.path"),
+        (["reward=model", "reward.path=gone"], "reward.path"),
+        (["reward=regex", "reward.pattern=3"], "reward.pattern"),
+        (["reward=json", "reward.partial=perhaps"], "reward.partial"),
+        (["reward=keyword", "reward.keywords=3"], "reward.keywords"),
+        (["reward=verifier", "reward.column=null"], "reward.column"),
+        (["reward=function", "reward.function=3"], "reward.function"),
+        (["reward=composite", "reward.rewards.vader=null"], "reward.rewards.vader"),
+        (["reward=composite", "reward.weights.typo=1"], "reward.weights.typo"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_inside_a_reward_or_a_gold_judge_is_named_with_its_full_key(overrides, key, folder):
+    config = composed(*(f"+{o}" if "typo" in o else o for o in overrides))
+    with pytest.raises(UserError, match=rf"(^|\b){re.escape(key)}\b"):
+        build(config)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

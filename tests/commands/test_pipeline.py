@@ -19,6 +19,8 @@ from lit_rlhf.pipeline import to_overrides
 
 REWARD = '''
 import os, signal
+import lightning as L
+from torch.utils.data import DataLoader
 calls = 0
 
 def letters(prompts, completions, **columns):
@@ -28,6 +30,17 @@ def letters(prompts, completions, **columns):
     if calls == int(os.environ.get("KILL_AT", 0)):
         os.kill(os.getpid(), signal.SIGKILL)
     return [sum(ord(c) % 7 for c in text) / 10 for text in completions]
+
+class Counts:
+    def __init__(self, letter):
+        self.letter = letter
+
+    def __call__(self, prompts, completions, **columns):
+        return [float(text.count(self.letter)) for text in completions]
+
+class Openings(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([{"prompt": "Once"}] * 4, batch_size=2)
 '''
 
 #: A pipeline of the user's own: its configs lie in a folder of theirs.
@@ -277,17 +290,30 @@ def test_a_killed_pipeline_continues_as_if_nothing_had_happened(own):
 
 
 def test_a_multirun_gives_every_job_its_folder_and_its_wandb_run(own):
-    result = pipeline("experiment=one", "ppo.kl.coef=0.01,0.1", "hydra.sweep.dir=sweep", flags=("-m",))
+    (own / "sweep").mkdir()
+    (own / "sweep" / "wandb").write_text("in the way of the report's run, which must not matter")
+    with pytest.warns(UserWarning, match="W&B failed to start"):
+        result = pipeline("experiment=one", "ppo.kl.coef=0.01,0.1", "hydra.sweep.dir=sweep", flags=("-m",))
     assert result.code == 0, result.err
+    assert (own / "sweep" / "report.html").is_file()
     assert [config(own / "sweep" / job / "ppo")["kl"]["coef"] for job in "01"] == [0.01, 0.1]
     ids = []
     for job, coef in (("0", 0.01), ("1", 0.1)):
         (run,) = runs(own / "sweep" / job / "ppo")
         assert run.config["kl"]["coef"] == coef
         assert run.exit_code == 0
-        assert run.run.run_group == "one"
+        assert run.run.run_group == "sweep"
+        assert run.run.display_name == f"{job} ppo.kl.coef={coef} ppo"
         ids.append(run.run.run_id)
     assert len(set(ids)) == 2
+
+
+def test_a_single_pipeline_is_one_wandb_group_unless_it_is_told_another(own):
+    for override, group in (("task_name=mine", "mine"), ("ppo.logger.wandb.group=theirs", "theirs")):
+        assert pipeline("experiment=one", override, f"paths.output_dir={group}").code == 0
+        (run,) = runs(own / group / "ppo")
+        task = "mine" if group == "mine" else "one"
+        assert (run.run.run_group, run.run.display_name) == (group, f"{task}/ppo")
 
 
 # ---- overrides ------------------------------------------------------------------------------------------------------
@@ -323,6 +349,20 @@ def test_strings_with_blanks_commas_and_quotes_reach_the_stage(own):
     assert stage["tags"] == ["a b", "1"]
     assert stage["critic"]["_target_"] == "lit_rlhf.models.SeparateCritic"
     assert stage["seed"] == 7
+
+
+def test_a_users_own_class_in_a_stage_gets_the_keys_that_they_give_it_alone(own):
+    result = pipeline(
+        "experiment=own", "tune.reward._target_=own_rewards.Counts", "tune.reward.letter=e",
+        "tune.data._target_=own_rewards.Openings", "tune.logger=csv", "warm.logger=csv", "paths.output_dir=run",
+        "stages.tune=['experiment=own/tune','policy.path=${paths.output_dir}/warm/model','reward.function=x','data=csv']",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    stage = config(own / "run" / "tune")
+    assert stage["reward"] == {"_target_": "own_rewards.Counts", "letter": "e"}
+    assert stage["data"] == {"_target_": "own_rewards.Openings"}
+    last = json.loads((own / "run" / "tune" / "samples.jsonl").read_text().splitlines()[-1])
+    assert (last["prompt"], last["score"]) == ("Once", last["completion"].count("e"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import socket
 import time
 
 import pytest
@@ -165,3 +166,18 @@ def test_a_file_is_no_model(tmp_path, monkeypatch):
     (tmp_path / "last.ckpt").write_text("")
     with pytest.raises(UserError, match=r"no model 'last\.ckpt'"):
         resolve_model("last.ckpt")
+
+
+@pytest.mark.parametrize(("answers", "offline"), [(False, True), (True, False)])
+def test_a_model_id_is_not_asked_of_a_hub_that_nobody_answers_for(answers, offline, monkeypatch):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if answers:
+            listener.listen()  # and says nothing: a slow hub
+        monkeypatch.setattr(sources, "HUB_TIMEOUT", 0.2)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        sources._look_for_hub.cache_clear()
+        resolve_model("some-organisation/some-model")
+        assert constants.HF_HUB_OFFLINE is offline
+    sources._look_for_hub.cache_clear()
