@@ -9,11 +9,12 @@ STAMP := $(VENV)/.installed
 train: $(STAMP)  ## the main job: SFT, reward model, PPO and report on real human ratings
 	$(BIN)/lit-rlhf pipeline experiment=human_ratings
 
-test: $(STAMP)  ## all tests; nothing is downloaded but the packages
+test: $(STAMP)  ## all tests, in as many processes as there are cores; nothing is downloaded but the packages
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses=8 --dist worksteal
 
-test-real: $(STAMP)  ## tests on the real data and models
+test-real: $(STAMP)  ## tests on the real data and models, and on a local Ray
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest -q -m real
 
 lint: $(STAMP)

@@ -115,16 +115,26 @@ def threads_per_job(launcher: DictConfig) -> int | None:
     return 1 if launcher._target_.endswith("submitit_launcher.LocalLauncher") else None
 
 
+def in_multirun() -> bool:
+    """Whether this is a job of a multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def label_job(config: DictConfig, stage: str | None = None) -> None:
-    """Gives a job of a multirun its W&B group, the multirun's folder, and name, unless they are set.
+    """Gives a job of a multirun its W&B group, the multirun's folder, and name, and its lines a label, unless set.
 
     The name is the overrides in which the jobs differ. The job of a multirun of pipelines has a run for every
     ``stage``, whose name ends with that.
     """
-    logger = (config.get("logger") or {}).get("wandb")
-    if logger is None or not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+    if not in_multirun():
         return
     hydra = HydraConfig.get()
+    progress = (config.get("callbacks") or {}).get("progress")
+    if progress is not None:
+        progress.label = progress.label or f"[{' '.join(filter(None, [str(hydra.job.num), stage]))}]"
+    logger = (config.get("logger") or {}).get("wandb")
+    if logger is None:
+        return
     given = list(map(split_override, hydra.overrides.task))
     varied = [(key, value) for key, value in given if Sweep.job is None or key not in Sweep.job.fixed]
     overrides = ",".join(f"{key}={value}" for key, value in varied or given)

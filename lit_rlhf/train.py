@@ -23,7 +23,7 @@ from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.machine import best_precision, keep_freed_memory, peak_memory_gb, reset_peak_memory
 from lit_rlhf.quiet import quiet
 from lit_rlhf.run_folder import CONFIG, SUMMARY, read_summary, write_summary
-from lit_rlhf.sweep import label_job
+from lit_rlhf.sweep import in_multirun, label_job
 from lit_rlhf.terminal import print_config
 
 log = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ def require_unused(folder: Path) -> None:
 @command("train")
 def main(config: DictConfig) -> float | None:
     label_job(config)
-    if rank_zero_only.rank == 0:  # of a launcher's processes
+    if rank_zero_only.rank == 0 and not in_multirun():  # rank: of a launcher's processes
         print_config(resolved(config))
     return train(config)
 

@@ -213,6 +213,14 @@ def test_without_a_terminal_each_iteration_is_one_line():
     assert plain(ToyOnline()) == [f"iteration {i}/4  {shown}" for i in range(1, 5)]
 
 
+def test_of_several_runs_on_one_terminal_each_has_labelled_lines_and_no_bars():
+    progress = Progress(label="[3]")
+    progress.console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+    fit(ToyOnline(), progress)
+    shown = "reward 0.412  kl 1.93  length 18.2  12.4 s"
+    assert progress.console.file.getvalue().splitlines() == [f"[3]  iteration {i}/4  {shown}" for i in range(1, 5)]
+
+
 def test_a_validation_has_its_line():
     class Validates(ToyOnline):
         def on_train_start(self):

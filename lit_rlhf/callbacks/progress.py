@@ -41,10 +41,14 @@ class Progress(ProgressBar):
 
     The algorithm calls `on_phase` during stages 1 to 5 and `on_row` with each row of metrics it logs; its
     attribute `online` says which kind it is.
+
+    Args:
+        label: what every line begins with, where several runs share a terminal; then there are lines alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, label: str | None = None) -> None:
         super().__init__()
+        self.label = label
         self.console: Console | None = None  # made in setup; a test puts its own here
         self.is_enabled = True  # the name Lightning reads
         self._bars: Bars | None = None
@@ -143,7 +147,7 @@ class Progress(ProgressBar):
     # --- showing it ---
 
     def _start_bars(self, trainer: Trainer) -> None:
-        if self._bars or not self.is_enabled or not self.console.is_terminal:
+        if self._bars or not self.is_enabled or not self.console.is_terminal or self.label:
             return
         self._bars = Bars(
             TextColumn("{task.description:<10}"),
@@ -177,7 +181,7 @@ class Progress(ProgressBar):
         self._held, self._last_line = None, (now, count)
         name = f"{'iteration' if pl_module.online else 'step'} {count:.0f}{f'/{total}' if total else ''}"
         seconds = f"{row['time/iteration']:.1f} s" if "time/iteration" in row else ""
-        line = "  ".join(filter(None, [name, _row_text(row, pl_module.online), seconds]))
+        line = "  ".join(filter(None, [self.label, name, _row_text(row, pl_module.online), seconds]))
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _remaining(self, now: float, count: float, total: int | None) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command_line import ROOT, TINY, Result, run_here, write_module
+from classifiers import save_classifier
+from command_line import ROOT, TINY, Result, run_here, write_module, write_ratings
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
@@ -15,6 +16,7 @@ from wandb_file import runs
 
 from lit_rlhf.config import CONFIG_DIR
 from lit_rlhf.metrics import lookup
+from lit_rlhf.run_folder import read_metrics
 
 MODULE = """
 import torch
@@ -85,11 +87,63 @@ def test_a_grid_leaves_a_row_for_every_job_one_report_and_one_wandb_group(folder
     require_rows_of_their_runs()
     assert Path("sweep/report.html").is_file()
     opened = [run for job in "0123" for run in runs(folder / "sweep" / job)]
+    for job in range(4):
+        assert f"[{job}]  iteration 1/" in result.out
+    assert "├──" not in result.out  # config.yaml has it, and four trees would bury the lines
     assert len({run.run.run_id for run in opened}) == 4
     assert {run.run.run_group for run in opened} == {"sweep"}
-    names = [run.run.display_name for run in opened]
-    assert [name.split()[0] for name in names] == ["0", "1", "2", "3"]
-    assert all("algorithm.minibatch_size=2," in name and len(name) <= 128 for name in names)
+    assert [run.run.display_name for run in opened] == [
+        f"{2 * i + j} kl.coef={coef},seed={j}" for i, coef in enumerate(("0.1", "0.2")) for j in (0, 1)
+    ]
+    require_the_reports_panels_in_wandb([run.run.run_id for run in opened])
+
+
+def require_the_reports_panels_in_wandb(ids: list[str]) -> None:
+    """That one more run of the group holds what report.html shows."""
+    (shared,) = runs(Path("sweep"))
+    assert (shared.run.job_type, shared.run.run_group, shared.exit_code) == ("report", "sweep", 0)
+    assert shared.run.display_name == "report sweep"
+    assert (shared.config["runs"], shared.config["varied"]) == (ids, ["kl.coef"])
+    (logged,) = shared.history
+
+    def table_of(name: str) -> list[dict]:
+        content = json.loads(next(Path("sweep/wandb").glob(f"*run-*/files/{logged[f'{name}/path']}")).read_text())
+        return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+
+    expected = []
+    for row in table():
+        held_out = [one for one in read_metrics(Path("sweep", row["folder"])) if "val/objective/kl" in one]
+        expected += [
+            (
+                "1" if row["kl.coef"] == "0.1" else "2", row["kl.coef"], row["folder"],
+                (one["val/objective/kl"], one["val/objective/scores"]),
+            )
+            for one in held_out
+        ]  # fmt: skip
+    points = table_of("frontier/objective/scores_table")
+    found = [(str(x["setting"]), x["kl.coef"], x["run"], (x["kl"], x["reward"])) for x in points]
+    assert found == expected
+    assert all(point["held_out"] for point in points)
+    panel = shared.config["_wandb/visualize/frontier/objective/scores"]["panel_config"]
+    assert (panel["panelDefId"], panel["fieldSettings"]) == ("wandb/scatter/v0", {"x": "kl", "y": "reward"})
+    lines = table_of("curves/objective/scores_table")
+    assert {line["lineKey"] for line in lines} == {"1  kl.coef=0.1", "2  kl.coef=0.2"}
+    results = table_of("results")
+    for setting, coef in ((1, "0.1"), (2, "0.2")):
+        finals = [float(row["objective/scores"]) for row in table() if row["kl.coef"] == coef]
+        (band,) = [x for x in table_of("bands") if (x["setting"], x["metric"]) == (setting, "objective/scores")]
+        assert (band["kl.coef"], band["episode"]) == (coef, 4)
+        assert (band["lowest"], band["highest"]) == (min(finals), max(finals))
+        assert {line["step"]: line["lineVal"] for line in lines if line["lineKey"].startswith(str(setting))} == {
+            4: pytest.approx(sum(finals) / 2)
+        }
+        (row,) = [x for x in results if x["setting"] == setting]
+        assert (row["kl.coef"], row["runs"].count("completed")) == (coef, 2)
+    assert [list(row)[1:] for row in table_of("samples")] == [["1  kl.coef=0.1", "2  kl.coef=0.2"]] * 2
+    pictures = {path.stem for path in Path("sweep/pictures").glob("*.png")}
+    assert {name.split("/")[1] for name in logged if name.startswith("pictures/")} == pictures
+    (page,) = Path("sweep/wandb").glob(f"*run-*/files/{logged['report/path']}")
+    assert page.read_text() == Path("sweep/report.html").read_text()
 
 
 def test_a_job_that_fails_ends_no_other_and_the_command_names_it(folder):
@@ -139,6 +193,7 @@ def test_a_key_that_does_not_exist_is_refused_before_any_job(folder):
 def test_a_range_and_another_stage_go_to_the_same_folder(folder):
     result = sweep("seed=range(3,5)", "task_name=one,two", "kl.coef=0.1")
     assert result.code == 0, result.err
+    assert not Path("sweep/wandb").exists()
     assert columns("seed", "task_name") == [("3", "one"), ("3", "two"), ("4", "one"), ("4", "two")]
     require_rows_of_their_runs()
 
@@ -247,9 +302,8 @@ def test_a_wandb_sweep_opens_with_its_command_and_aims_at_a_logged_metric(path):
     assert {"higher": "maximize", "lower": "minimize"}[lookup(metric["name"]).better] == metric["goal"]
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("end", [0, -1])
-def test_the_command_of_a_wandb_sweep_composes_with_what_it_varies(path, end):
+def arguments_of(path: Path, end: int) -> tuple[list[str], dict[str, object]]:
+    """What an agent passes to the program at one end of every range, by wandb's own function; and what it chose."""
     plan = yaml.safe_load(path.read_text())
     chosen = {}
     for key, parameter in plan["parameters"].items():
@@ -259,13 +313,37 @@ def test_the_command_of_a_wandb_sweep_composes_with_what_it_varies(path, end):
     *program, last = plan["command"]
     assert program[:4] == ["${env}", "${interpreter}", "-m", "lit_rlhf.train"]
     assert last == "${args_no_hyphens}"
+    return [*program[4:], *arguments["args_no_hyphens"]], chosen
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("end", [0, -1])
+def test_the_command_of_a_wandb_sweep_composes_with_what_it_varies(path, end):
+    command, chosen = arguments_of(path, end)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        overrides = [*program[4:], *arguments["args_no_hyphens"], "paths.output_dir=run"]
+        overrides = [*command, "paths.output_dir=run"]
         config = compose("train", overrides=overrides, return_hydra_config=True)
         OmegaConf.to_container(compose("train", overrides=overrides), resolve=True, throw_on_missing=True)
     for key, value in chosen.items():
         member = config.hydra.runtime.choices.get(key)
         assert (OmegaConf.select(config, key) if member is None else member) == value
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_run_of_a_wandb_sweep_logs_the_metric_that_it_aims_at(path, folder, tiny_models, monkeypatch):
+    monkeypatch.setenv("LIT_RLHF_CACHE", str(folder / "cache"))
+    write_ratings(folder / "cache", 300)
+    command, _ = arguments_of(path, -1)
+    small = [
+        f"policy.path={tiny_models['policy']}", "algorithm.rollout_batch_size=4", "algorithm.minibatch_size=2",
+        "sampler.max_new_tokens=4", "data.batch_size=4", "data.eval_prompts=4", "trainer.max_epochs=1",
+        "trainer.check_val_every_n_epoch=1", "trainer.precision=32-true", "trainer.accelerator=cpu", "logger=csv",
+    ]  # fmt: skip
+    if any(override.startswith("reward.path=") for override in command):
+        small.append(f"reward.path={save_classifier(folder / 'judge')}")
+    result = run_here(*command, *small, "paths.output_dir=run", module="lit_rlhf.train")
+    assert result.code == 0, result.err
+    assert yaml.safe_load(path.read_text())["metric"]["name"] in read_metrics(Path("run"))[-1]
 
 
 def test_the_comparison_of_algorithms_has_every_online_one():

@@ -184,7 +184,11 @@ class TestTries:
             first, second = server.requests
         assert second.time - first.time >= 0.5
 
-    @pytest.mark.parametrize("value", ["3600", "inf", format_datetime(datetime.now(UTC) + timedelta(days=1))])
+    @pytest.mark.parametrize(
+        "value",
+        ["3600", "inf", format_datetime(datetime.now(UTC) + timedelta(days=1))],
+        ids=["seconds", "infinite", "date"],
+    )
     def test_but_not_for_ever(self, monkeypatch, value):
         monkeypatch.setattr(http, "LONGEST_WAIT", 0.3)
         with Server(in_turn(Answer(503, headers={"Retry-After": value}), {"scores": [5]})) as server:
