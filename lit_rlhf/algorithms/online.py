@@ -92,8 +92,8 @@ class OnlineAlgorithm(Algorithm):
         self.sampler = sampler or Sampler()
         if unknown := [token for token in self.sampler.stop_tokens if token >= policy.vocabulary]:
             raise UserError(
-                f"sampler.stop_tokens={list(self.sampler.stop_tokens)}: the policy's vocabulary has {policy.vocabulary} "
-                f"tokens, so {unknown[0]} is none"
+                f"sampler.stop_tokens={list(self.sampler.stop_tokens)}: the policy's vocabulary has "
+                f"{policy.vocabulary} tokens, so {unknown[0]} is none"
             )
         if not callable(reward):
             raise UserError(f"config key 'reward' is {reward!r}: an online algorithm needs a reward to learn from")
