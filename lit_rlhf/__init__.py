@@ -74,6 +74,8 @@ _HOME = {
     "Progress": "callbacks",
     "Sweep": "sweep",
     "build_report": "report",
+    # how far a policy is from the best possible one
+    "ExactProblem": "exact",
     "UserError": "errors",
 }
 __all__ = [*_HOME]

@@ -1,0 +1,141 @@
+"""The exact optimum: its closed forms against hand computation, brute force and simulation."""
+
+import math
+
+import pytest
+import torch
+from benchmarks import exact_optimum
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.exact import ExactProblem, enumerate_completions, letters_policy, table_reward
+
+ROWS = [{"prompt": "a"}, {"prompt": "ba"}]
+
+
+def problem(*, letters="ab", beta=0.5, max_new_tokens=2, reward=None, rows=ROWS):
+    policy = letters_policy(letters, seed=1)
+    reward = reward or table_reward(seed=1)
+    return policy, ExactProblem(policy=policy, rows=rows, reward=reward, beta=beta, max_new_tokens=max_new_tokens)
+
+
+def test_every_completion_occurs_once_and_their_probabilities_sum_to_1():
+    _, exact = problem(letters="abcde", max_new_tokens=3)
+    assert exact.shape == (2, 1 + 5 + 25 * 6)  # the end at once, after one letter, and three tokens
+    assert len(set(exact.completions)) == len(set(exact.texts)) == 156
+    torch.testing.assert_close(exact.reference.exp().sum(-1), torch.ones(2).double())
+    assert enumerate_completions(3, 1, stop_ids=[]) == [(0,), (1,), (2,)]
+
+
+def test_the_optimum_by_hand():
+    # One token; rewards 1 for "a", 0 else, beta 1/log 2: exp(r / beta) is 2 for "a" and 1 else.
+    _, exact = problem(max_new_tokens=1, beta=1 / math.log(2), rows=ROWS[:1],
+                       reward=lambda completions, **_: [float(text == "a") for text in completions])  # fmt: skip
+    ref = dict(zip(exact.texts, exact.reference[0].exp().tolist(), strict=True))
+    partition = 1 + ref["a"]
+    found = dict(zip(exact.texts, exact.optimum[0].exp().tolist(), strict=True))
+    assert found == pytest.approx({"": ref[""] / partition, "a": 2 * ref["a"] / partition, "b": ref["b"] / partition})
+    assert float(exact.objective(exact.optimum)) == pytest.approx(math.log(partition) / math.log(2))
+
+
+def test_no_policy_is_better_than_the_optimum():
+    _, exact = problem()
+    best = exact.objective(exact.optimum)
+    torch.manual_seed(0)
+    for _ in range(200):
+        other = (exact.optimum + 0.3 * torch.randn(exact.shape).double()).log_softmax(-1)
+        assert exact.objective(other) < best
+
+
+def test_regret_is_the_share_of_the_kl_to_the_optimum_that_is_left():
+    policy, exact = problem()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        logprobs = exact.logprobs(policy)
+    left = (logprobs.exp() * (logprobs - exact.optimum)).sum()
+    first = (exact.reference.exp() * (exact.reference - exact.optimum)).sum()
+    distance = exact.measure(policy)
+    assert distance.regret == pytest.approx(float(left / first))
+    assert distance.objective == pytest.approx(distance.reward - exact.beta * distance.kl)
+    assert 0 < distance.total_variation < 1
+
+
+def test_left_padding_changes_no_probability():
+    policy, exact = problem(rows=[*ROWS, {"prompt": "abab"}])
+    alone = ExactProblem(policy=policy, rows=ROWS[:1], reward=table_reward(seed=1), beta=0.5, max_new_tokens=2)
+    torch.testing.assert_close(exact.reference[:1], alone.reference, atol=1e-5, rtol=1e-5)
+
+
+def test_the_best_of_n_by_simulation_with_ties():
+    _, exact = problem(reward=lambda completions, **_: [float(len(text)) for text in completions])
+    torch.manual_seed(0)
+    drawn = torch.multinomial(exact.reference[0].exp(), 3 * 40_000, replacement=True).reshape(-1, 3)
+    scores = exact.scores[0][drawn] + 1e-6 * torch.rand(drawn.shape)  # one of several best at random
+    best = drawn.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+    shares = torch.bincount(best, minlength=exact.shape[1]).double() / len(best)
+    torch.testing.assert_close(shares, exact.best_of(3)[0].exp(), atol=0.01, rtol=0)
+    torch.testing.assert_close(exact.best_of(1), exact.reference)
+
+
+def test_best_of_n_twice_is_best_of_n_squared():
+    _, exact = problem()
+    twice = exact.best_of(9)
+    exact.reference = exact.best_of(3)
+    torch.testing.assert_close(exact.best_of(3), twice)
+
+
+def test_preferences_follow_bradley_terry():
+    _, exact = problem(max_new_tokens=1, rows=ROWS[:1])
+    pairs = exact.preferences(6000, seed=0)
+    scores = dict(zip(exact.texts, exact.scores[0].tolist(), strict=True))
+    wins = sum(p["chosen"] == "a" for p in pairs if {p["chosen"], p["rejected"]} == {"a", "b"})
+    of = sum({p["chosen"], p["rejected"]} == {"a", "b"} for p in pairs)
+    assert wins / of == pytest.approx(1 / (1 + math.exp(scores["b"] - scores["a"])), abs=0.04)
+    assert all(p["chosen"] != p["rejected"] and p["prompt"] == "a" for p in pairs)
+
+
+def test_soft_values_by_dynamic_programming_are_the_optimum():
+    _, exact = problem(letters="abc", max_new_tokens=3)
+    beta = exact.beta
+
+    def soft(q, ref):
+        return beta * (ref + q / beta).logsumexp(0)
+
+    tree = exact.action_values(soft)[0]
+    assert len(tree) == 1 + 3 + 9
+    best = beta * (exact.reference[0] + exact.scores[0] / beta).logsumexp(0)
+    first = torch.tensor([
+        sum(float(p) for c, p in zip(exact.completions, exact.reference[0].exp(), strict=True) if c[0] == token)
+        for token in range(4)
+    ])  # fmt: skip
+    assert float(soft(tree[()], first.double().log())) == pytest.approx(float(best))
+    assert float(tree[()][0]) == pytest.approx(float(exact.scores[0][exact.completions.index((0,))]))
+
+
+def test_values_of_the_reference_are_its_expected_reward_and_the_discount_counts_tokens():
+    _, exact = problem()
+    plain = exact.action_values(lambda q, ref: (ref.exp() * q).sum())
+    ends = [float(plain[0][()][token]) for token in range(3)]
+    after = [[c for c in exact.completions if c[0] == token] for token in range(3)]
+    for token in range(3):
+        rows = [exact.completions.index(c) for c in after[token]]
+        weights = exact.reference[0][rows].exp()
+        assert ends[token] == pytest.approx(float((weights * exact.scores[0][rows]).sum() / weights.sum()))
+    halved = exact.action_values(lambda q, ref: (ref.exp() * q).sum(), discount=0.5)
+    assert float(halved[0][()][1]) == pytest.approx(ends[1] / 2)
+    assert float(halved[0][()][0]) == pytest.approx(ends[0])  # the end is paid at once
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"beta": 0.0}, "beta must be above 0"), ({"max_new_tokens": 13}, "too many completions")]
+)
+def test_a_problem_that_cannot_be_solved_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        problem(**changes)
+
+
+def test_the_table_names_what_is_over_its_bound():
+    row = exact_optimum.Row("one", 0.05, [exact_optimum.Result(0.01, 1.0, 0.1, 2.0)])
+    assert "over" not in row.text()
+    row.results.append(exact_optimum.Result(0.06, 1.0, 0.1, 2.0))
+    assert row.text().endswith("over its bound")
