@@ -71,25 +71,28 @@ def _as_list(column: Any, name: str) -> list[Any]:
 
 
 class PromptRows:
-    """Draws any number of prompts from a user's loader, across its batches and passes."""
+    """Draws any number of prompts from a user's loader, across its batches and passes; each ``group_size`` times."""
 
-    def __init__(self, passes: SeededPasses) -> None:
+    def __init__(self, passes: SeededPasses, group_size: int = 1) -> None:
         self.passes = passes
+        self.group_size = group_size
         self._left: list[Row] = []  # rows of the current batch that are still to be drawn
         self._drawn = 0  # rows of the current batch already drawn
 
     def draw(self, count: int) -> list[Row]:
+        """``count`` rows; those of one prompt stand next to each other."""
         rows: list[Row] = []
-        while len(rows) < count:
+        prompts = count // self.group_size
+        while len(rows) < prompts:
             if not self._left:
                 batch = self.passes.next_batch()
                 if batch is END_OF_PASS:
                     continue
                 self._left, self._drawn = split_rows(batch), 0
-            take = min(count - len(rows), len(self._left))
+            take = min(prompts - len(rows), len(self._left))
             rows += self._left[:take]
             self._left, self._drawn = self._left[take:], self._drawn + take
-        return rows
+        return [row for row in rows for _ in range(self.group_size)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"passes": self.passes.state_dict(), "drawn": self._drawn if self._left else None}

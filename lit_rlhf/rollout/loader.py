@@ -41,10 +41,12 @@ class RolloutLoader:
     Args:
         prompts: where prompts come from.
         collect: (iteration, rows) -> Experience on the CPU.
-        rollout_batch_size: prompts of one iteration.
+        rollout_batch_size: completions of one iteration.
+        experience_size: those that ``collect`` keeps to learn from; None is all.
         minibatch_size: completions of one optimiser step.
         micro_batches: forward passes of one optimiser step (the trainer's ``accumulate_grad_batches``).
         epochs: passes over the experience.
+        unit: rows next to each other in the experience that stay together, such as the two of a pair.
         seed: the run's seed.
         rank, world: the number of this process, and of all.
     """
@@ -59,16 +61,22 @@ class RolloutLoader:
         micro_batches: int,
         epochs: int,
         seed: int,
+        experience_size: int | None = None,
+        unit: int = 1,
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        self.experience_size = experience_size or rollout_batch_size
         self.minibatches = exact_div(
-            rollout_batch_size, minibatch_size, "algorithm.rollout_batch_size", "algorithm.minibatch_size"
+            self.experience_size, minibatch_size, "algorithm.rollout_batch_size", "algorithm.minibatch_size"
         )
         self.micro_batch_size = exact_div(
             minibatch_size, micro_batches, "algorithm.minibatch_size", "trainer.accumulate_grad_batches"
         )
-        exact_div(self.micro_batch_size, world, "algorithm.minibatch_size / trainer.accumulate_grad_batches", PROCESSES)
+        micro = "algorithm.minibatch_size / trainer.accumulate_grad_batches"
+        exact_div(self.micro_batch_size, unit, micro, "the rows that stay together")
+        exact_div(self.micro_batch_size // unit, world, micro if unit == 1 else f"{micro} / {unit}", PROCESSES)
+        self.unit = unit
         self.rank, self.world = rank, world
         self.prompts = prompts
         self.collect = collect
@@ -97,11 +105,14 @@ class RolloutLoader:
         step, micro = divmod(position, self.micro_batches)
         epoch, minibatch = divmod(step, self.minibatches)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.iteration, epoch))
-        order = torch.randperm(self.rollout_batch_size, generator=generator)
-        rows = order[minibatch * self.minibatch_size :][: self.minibatch_size]
+        order = torch.randperm(self.experience_size // self.unit, generator=generator)
+        units = order[minibatch * self.minibatch_size // self.unit :][: self.minibatch_size // self.unit]
         # Rows of similar length share a micro-batch, so that trimming removes more; the minibatch is the same set.
-        rows = rows[self.experience.response_mask[rows].sum(-1).argsort(stable=True)]
-        part = rows[micro * self.micro_batch_size :][: self.micro_batch_size][self.rank :: self.world]
+        lengths = self.experience.response_mask.sum(-1).reshape(-1, self.unit).amax(-1)
+        units = units[lengths[units].argsort(stable=True)]
+        part = units[micro * self.micro_batch_size // self.unit :][: self.micro_batch_size // self.unit]
+        part = part[self.rank :: self.world]
+        rows, part = ((u.unsqueeze(1) * self.unit + torch.arange(self.unit)).flatten() for u in (units, part))
         tokens = self.experience.response_mask[rows].sum()
         share = self.experience.response_mask[part].sum() * self.micro_batches * self.world / tokens
         batch = self.experience[part].trim()
