@@ -4,8 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
+from lit_rlhf.functional import clipped_surrogate, kl_estimate
+from lit_rlhf.functional.masked import zero_masked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,19 @@ class ClipBounds:
     value: float | None
     dual: float | None = None
     penalty: float = 0.0
+
+    def surrogate(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses, not yet averaged, and where a bound has cut the gradient; see ``functional.clipped_surrogate``.
+
+        All are (B, T), or (B, 1) where ratio and advantage are those of whole completions.
+        """
+        losses, clipped = clipped_surrogate(logprobs, old_logprobs, advantages, mask, self.low, self.high, self.dual)
+        if self.penalty:
+            old_to_new = kl_estimate(zero_masked(old_logprobs, mask), zero_masked(logprobs, mask), "k3")
+            losses = losses + self.penalty * old_to_new
+        return losses, clipped
 
 
 class Clip:

@@ -4,13 +4,14 @@ from lit_rlhf.functional.advantages import gae, group_advantages, leave_one_out_
 from lit_rlhf.functional.kl import KL_ESTIMATORS, full_kl, kl_estimate
 from lit_rlhf.functional.logprobs import entropy_from_logits, selective_logprobs
 from lit_rlhf.functional.masked import masked_mean, masked_var, masked_whiten
-from lit_rlhf.functional.policy_loss import clipped_policy_loss
+from lit_rlhf.functional.policy_loss import clipped_policy_loss, clipped_surrogate, ratio_stats
 from lit_rlhf.functional.preference import dpo_loss, preference_loss
 from lit_rlhf.functional.value_loss import clipped_value_loss
 
 __all__ = [
     "KL_ESTIMATORS",
     "clipped_policy_loss",
+    "clipped_surrogate",
     "clipped_value_loss",
     "dpo_loss",
     "entropy_from_logits",
@@ -23,5 +24,6 @@ __all__ = [
     "masked_var",
     "masked_whiten",
     "preference_loss",
+    "ratio_stats",
     "selective_logprobs",
 ]
