@@ -39,6 +39,7 @@ _TABLE: dict[str, tuple[str, str, Direction]] = {
     "rollout/eos_rate": ("share of completions that ended by themselves", "fraction", None),
     "rollout/truncated_rate": ("share of completions cut at the length limit", "fraction", None),
     "rollout/tokens_per_second": ("completion tokens per second of rollout", "tokens/s", "higher"),
+    "rollout/constant_groups": ("share of prompts all of whose completions score the same", "fraction", "lower"),
     "rollout/logprob_gap": ("mean |logprob in the sampler - in the training pass|", "nats/token", "lower"),
     # update
     "policy/approxkl": ("0.5 * (log ratio)^2 to the rollout policy, mean over tokens", "nats/token", None),
@@ -48,7 +49,7 @@ _TABLE: dict[str, tuple[str, str, Direction]] = {
     "policy/entropy": ("entropy of the next-token distribution, mean over tokens", "nats/token", None),
     "policy/early_stopped": ("1 if the updates ended early on the target KL, else 0", "flag", None),
     "policy/updates": ("optimiser steps in the iteration", "count", None),
-    "loss/policy": ("clipped policy loss, mean over tokens", "loss", None),
+    "loss/policy": ("policy loss; mean over tokens, or over completions where the algorithm says so", "loss", None),
     "loss/value": ("clipped value loss, 0.5 * squared error, mean over tokens", "loss", None),
     "loss/entropy": ("minus the entropy of the next-token distribution, mean over tokens", "nats/token", None),
     "loss/total": ("the loss that is differentiated", "loss", None),

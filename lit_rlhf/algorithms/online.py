@@ -23,11 +23,12 @@ from lit_rlhf.algorithms.judged import (
 )
 from lit_rlhf.batch import Experience, PromptBatch, Rollout
 from lit_rlhf.checks import check_int, check_number
+from lit_rlhf.clip import Clip
 from lit_rlhf.data.passes import SeededPasses
 from lit_rlhf.data.tokenize import PromptRows, Row, split_rows, tokenize_prompts
 from lit_rlhf.distributed import gather, rank, shard, share, world_size
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import full_kl, kl_estimate, masked_mean
+from lit_rlhf.functional import full_kl, kl_estimate, masked_mean, ratio_stats
 from lit_rlhf.functional.masked import zero_masked
 from lit_rlhf.generators import seeded
 from lit_rlhf.kl import FixedKL, KLPenalty
@@ -49,7 +50,7 @@ _VALIDATION_STREAM, _SCORE_STREAM = 1, 2
 class OnlineAlgorithm(Algorithm):
     """Alternates a rollout phase with epochs of updates over its experience; one Lightning epoch is one iteration.
 
-    A subclass gives ``advantages`` (stage 5) and ``loss`` (stage 7).
+    A subclass gives ``advantages`` (stage 5) and ``loss`` (stage 7), and may ``select`` what is learned from (stage 6).
 
     Args:
         policy: the model that is trained.
@@ -60,6 +61,7 @@ class OnlineAlgorithm(Algorithm):
         sampler: how completions are drawn.
         scores: what a score goes through before it becomes a token reward.
         rollout_batch_size: completions of one iteration.
+        group_size: completions of each prompt; an iteration has ``rollout_batch_size / group_size`` prompts.
         minibatch_size: completions of one optimiser step; the trainer's ``accumulate_grad_batches`` splits it further.
         epochs: passes over the experience of an iteration.
         target_kl: an iteration's updates stop once a minibatch's approximate KL to the rollout policy, a mean over its
@@ -71,6 +73,17 @@ class OnlineAlgorithm(Algorithm):
     """
 
     online = True
+    #: The smallest ``group_size``; 2 where a completion is compared with others of its prompt.
+    smallest_group = 1
+    #: Rows next to each other in the experience that a minibatch keeps together.
+    unit = 1
+    #: What a loss is a mean over in a minibatch: "tokens" that count alike, or "completions".
+    loss_over = "tokens"
+    #: What its passes over the experience, and the rows that it learns from, are called in its config.
+    epochs_key = "algorithm.epochs"
+    experience_key = "algorithm.rollout_batch_size"
+    #: Set by an algorithm that bounds its updates.
+    clip: Clip | None = None
 
     def __init__(
         self,
@@ -83,6 +96,7 @@ class OnlineAlgorithm(Algorithm):
         sampler: Sampler | None = None,
         scores: ScoreShaper | None = None,
         rollout_batch_size: int = 32,
+        group_size: int = 1,
         minibatch_size: int = 16,
         epochs: int = 1,
         target_kl: float | None = None,
@@ -97,10 +111,12 @@ class OnlineAlgorithm(Algorithm):
             )
         if not callable(reward):
             raise UserError(f"config key 'reward' is {reward!r}: an online algorithm needs a reward to learn from")
-        check_int("algorithm.ppo_epochs", epochs, at_least=1)
-        check_int("algorithm.rollout_batch_size", rollout_batch_size, at_least=1)
-        check_int("algorithm.minibatch_size", minibatch_size, at_least=1)
-        exact_div(rollout_batch_size, minibatch_size, "algorithm.rollout_batch_size", "algorithm.minibatch_size")
+        check_int(self.epochs_key, epochs, at_least=1)
+        self.rollout_batch_size = check_int("algorithm.rollout_batch_size", rollout_batch_size, at_least=1)
+        self.group_size = check_int("algorithm.group_size", group_size, at_least=self.smallest_group)
+        self.minibatch_size = check_int("algorithm.minibatch_size", minibatch_size, at_least=1)
+        exact_div(rollout_batch_size, group_size, "algorithm.rollout_batch_size", "algorithm.group_size")
+        exact_div(self.experience_size, minibatch_size, self.experience_key, "algorithm.minibatch_size")
         disable_dropout(policy)
         self.policy = policy
         self.critic = critic(policy) if critic is not None else None
@@ -113,8 +129,6 @@ class OnlineAlgorithm(Algorithm):
         copy.deepcopy(self.kl).update(0.0, rollout_batch_size)  # refuses now what it would refuse after an iteration
         self.controllers: dict[str, Any] = {"kl": self.kl}  # whose state goes into the checkpoint
         self.scores = scores or ScoreShaper()
-        self.rollout_batch_size = rollout_batch_size
-        self.minibatch_size = minibatch_size
         self.epochs = epochs
         self.target_kl = None if target_kl is None else check_number("algorithm.target_kl", target_kl, above=0)
         self.reference = make_reference(policy)
@@ -138,6 +152,19 @@ class OnlineAlgorithm(Algorithm):
         """Stage 7: the loss, a mean over the batch's response tokens, and its metrics, masked as the loss is."""
         raise NotImplementedError
 
+    def select(self, experience: Experience) -> Experience:
+        """Stage 6: the ``experience_size`` rows that are learned from; all of them by default."""
+        return experience
+
+    @property
+    def experience_size(self) -> int:
+        """Rows of an iteration that are learned from."""
+        return self.rollout_batch_size
+
+    def mean(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The mean of (B, T) that losses are, see ``loss_over``."""
+        return masked_mean(x, mask)
+
     # ---- stages 1 to 5: the rollout phase -------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -150,16 +177,19 @@ class OnlineAlgorithm(Algorithm):
             coef = self.kl.at(self.progress)
             rewards = place_scores(self.scores(judged.scores.whole, rollout.finished), mask)  # 4 shape
             rewards = rewards + judged.scores.dense
-            if not self.kl.in_loss:
+            if self.kl_in_reward:
                 rewards = rewards - coef * anchors.kl
             advantages, returns = self.advantages(rewards, rollout, anchors.values)  # 5 advantage
         if hasattr(self.reward, "learn_from"):
             self.reward.learn_from(judged.scores)
         self.tokens += int(mask.sum())
-        self.pending.update(describe(judged, coef, charged=not self.kl.in_loss))
+        self.pending.update(describe(judged, coef, charged=self.kl_in_reward))
+        if self.group_size > 1:
+            groups = judged.scores.total.reshape(-1, self.group_size)
+            self.pending["rollout/constant_groups"] = float((groups == groups[:, :1]).all(-1).float().mean())
         self.pending["rollout/tokens_per_second"] = int(mask.sum()) / self.pending["time/rollout"]
         self.samples = sample_rows(judged, iteration + 1, "train")
-        return Experience(
+        experience = Experience(
             prompt_ids=rollout.prompt_ids,
             prompt_mask=rollout.prompt_mask,
             response_ids=rollout.response_ids,
@@ -170,6 +200,7 @@ class OnlineAlgorithm(Algorithm):
             values=None if anchors.values is None else anchors.values[:, :-1],
             returns=returns,
         )
+        return self.select(experience)
 
     def judge(self, rows: list[Row], episodes: Tensor, seed: int) -> Judged:
         """Stages 1 to 3: completes prompts and measures the completions. Used by training and validation alike."""
@@ -252,6 +283,11 @@ class OnlineAlgorithm(Algorithm):
         return kl_estimate(zero_masked(output.logprobs, mask), zero_masked(ref_logprobs, mask), self.kl.estimator)
 
     @property
+    def kl_in_reward(self) -> bool:
+        """Whether the rewards pay for the KL to the reference."""
+        return not self.kl.in_loss
+
+    @property
     def _decode_dtype(self) -> torch.dtype:
         return torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else torch.float32
 
@@ -268,6 +304,7 @@ class OnlineAlgorithm(Algorithm):
         values = self.critic(output, *tokens)[:, :-1] if self.critic is not None else None
         self.call_hook("on_update", batch, output.logprobs.detach())
         loss, metrics = self.loss(batch, output, values)  # 7 loss
+        metrics = {**self.update_metrics(batch, output), **metrics}
         if self.kl.in_loss:
             metrics["loss/kl"] = self.kl_loss(batch, output, tokens)
             loss = loss + self.pending["objective/kl_coef"] * metrics["loss/kl"]
@@ -276,19 +313,25 @@ class OnlineAlgorithm(Algorithm):
         self.means.add({name: x.detach() for name, x in {**metrics, "loss/total": loss}.items()}, count)
         if self.target_kl is not None and "policy/approxkl" in metrics:
             self.minibatch_kl.add({"kl": metrics["policy/approxkl"]}, count)
-        return loss * batch.weight
+        return loss * batch.weight if self.loss_over == "tokens" else loss
+
+    def update_metrics(self, batch: Experience, output: PolicyOutput) -> dict[str, Tensor]:
+        """How far the policy is from the one that made the rollout, and its entropy."""
+        stats = ratio_stats(output.logprobs, batch.logprobs, batch.response_mask)
+        stats["entropy"] = masked_mean(output.entropy.detach(), batch.response_mask)
+        return {f"policy/{name}": stat for name, stat in stats.items()}
 
     def forward_settings(self) -> dict[str, Any]:
         """Keyword arguments of the policy's forward pass in a training step."""
         return {"keep_logits": self.kl.in_loss and self.kl.estimator == "full"}
 
     def kl_loss(self, batch: Experience, output: PolicyOutput, tokens: tuple[Tensor, ...]) -> Tensor:
-        """The KL to the reference, a mean over the batch's response tokens, through which gradients flow."""
+        """The KL to the reference, a mean as losses are, through which gradients flow."""
         ref_logits = None
         if self.kl.estimator == "full":  # the buffer holds no logits: they would be gigabytes
             with torch.no_grad():
                 ref_logits = self.reference(*tokens, temperature=self.temperature, keep_logits=True).logits
-        return masked_mean(self.kl_of(output, batch.ref_logprobs, ref_logits, batch.response_mask), batch.response_mask)
+        return self.mean(self.kl_of(output, batch.ref_logprobs, ref_logits, batch.response_mask), batch.response_mask)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -331,6 +374,9 @@ class OnlineAlgorithm(Algorithm):
     def update_controllers(self, row: dict[str, float]) -> None:
         """Lets whatever follows a measurement follow this iteration's."""
         self.kl.update(row["objective/kl"], self.rollout_batch_size)
+        if self.clip is not None and self.clip.follows_kl:
+            row["policy/update_kl"] = self.update_kl()
+            self.clip.update(row["policy/update_kl"])
 
     @torch.no_grad()
     def update_kl(self) -> float:
@@ -350,7 +396,11 @@ class OnlineAlgorithm(Algorithm):
 
     def schedule_metrics(self) -> dict[str, float]:
         """Coefficients of this iteration that follow a schedule."""
-        return {}
+        if self.clip is None:
+            return {}
+        bounds = self.clip.at(self.progress)
+        metrics = {"clip/low": bounds.low, "clip/high": bounds.high, "clip/penalty": bounds.penalty}
+        return {name: value for name, value in metrics.items() if value is not None}
 
     @property
     def progress(self) -> float:
@@ -374,7 +424,7 @@ class OnlineAlgorithm(Algorithm):
         if self.trainer.sanity_checking or not validated:
             return
         judged = cat_judged(validated)
-        described = describe(judged, self.kl.at(self.progress), charged=not self.kl.in_loss)
+        described = describe(judged, self.kl.at(self.progress), charged=self.kl_in_reward)
         metrics = {f"val/{name}": value for name, value in described.items() if not name.endswith("kl_coef")}
         fitting = self.trainer.state.fn == "fit"
         iteration = self.iteration + 1 if fitting else self.iteration
@@ -406,7 +456,7 @@ class OnlineAlgorithm(Algorithm):
         return {"iteration": self.iteration, "episode": self.iteration * self.rollout_batch_size, "tokens": self.tokens}
 
     def steps_per_epoch(self) -> int:
-        return self.epochs * (self.rollout_batch_size // self.minibatch_size)
+        return self.epochs * (self.experience_size // self.minibatch_size)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -439,9 +489,11 @@ class OnlineAlgorithm(Algorithm):
         if self.loader is not None and self._loader_state is None:
             self._loader_state = self.loader.state_dict()  # a second fit, or a reloaded loader, goes on
         self.loader = RolloutLoader(
-            prompts=PromptRows(SeededPasses(self.user_loader(), self.seed)),
+            prompts=PromptRows(SeededPasses(self.user_loader(), self.seed), self.group_size),
             collect=self.collect,
             rollout_batch_size=self.rollout_batch_size,
+            experience_size=self.experience_size,
+            unit=self.unit,
             minibatch_size=self.minibatch_size,
             micro_batches=self.trainer.accumulate_grad_batches,
             epochs=self.epochs,

@@ -13,16 +13,7 @@ from lit_rlhf.batch import Experience, Rollout
 from lit_rlhf.checks import check_bool, check_number
 from lit_rlhf.clip import Clip, SymmetricClip
 from lit_rlhf.entropy import EntropyBonus, NoEntropy
-from lit_rlhf.functional import (
-    clipped_policy_loss,
-    clipped_value_loss,
-    gae,
-    kl_estimate,
-    masked_mean,
-    masked_var,
-    masked_whiten,
-)
-from lit_rlhf.functional.masked import zero_masked
+from lit_rlhf.functional import clipped_value_loss, gae, masked_mean, masked_var, masked_whiten
 from lit_rlhf.models.critic import ValueHead
 from lit_rlhf.models.policy import PolicyOutput
 
@@ -44,9 +35,11 @@ class PPO(OnlineAlgorithm):
         whiten_rewards: variance 1 of the token rewards, keeping their mean, before the advantages.
         bootstrap_truncated: a completion cut by the length limit gets the value of the state after it as a final
             reward (Pardo et al. 2018, arXiv:1712.00378), instead of ending the episode there.
-        **online: policy, reward, gold, kl, sampler, scores, rollout_batch_size, minibatch_size, target_kl, optimizer,
-            scheduler, seed; see ``OnlineAlgorithm``.
+        **online: policy, reward, gold, kl, sampler, scores, rollout_batch_size, group_size, minibatch_size, target_kl,
+            optimizer, scheduler, seed; see ``OnlineAlgorithm``.
     """
+
+    epochs_key = "algorithm.ppo_epochs"
 
     def __init__(
         self,
@@ -100,12 +93,8 @@ class PPO(OnlineAlgorithm):
     def loss(self, batch: Experience, output: PolicyOutput, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: the combined objective."""
         mask, bounds = batch.response_mask, self.clip.at(self.progress)
-        policy_loss, policy = clipped_policy_loss(
-            output.logprobs, batch.logprobs, batch.advantages, mask, bounds.low, bounds.high, bounds.dual
-        )
-        if bounds.penalty:
-            old_to_new = kl_estimate(zero_masked(batch.logprobs, mask), zero_masked(output.logprobs, mask), "k3")
-            policy_loss = policy_loss + bounds.penalty * masked_mean(old_to_new, mask)
+        losses, clipped = bounds.surrogate(output.logprobs, batch.logprobs, batch.advantages, mask)
+        policy_loss = self.mean(losses, mask)
         value_loss, value = clipped_value_loss(values, batch.values, batch.returns, mask, bounds.value)
         entropy = masked_mean(output.entropy, mask)
         loss = policy_loss + self.value_coef * value_loss - self.entropy.at(self.progress) * entropy
@@ -113,10 +102,9 @@ class PPO(OnlineAlgorithm):
             "loss/policy": policy_loss.detach(),
             "loss/value": value_loss.detach(),
             "loss/entropy": -entropy.detach(),
-            "policy/entropy": entropy.detach(),
+            "policy/clipfrac": masked_mean(clipped, mask),
             "value/mean": masked_mean(values.detach(), mask),
             "value/clipfrac": value["clipfrac"],
-            **{f"policy/{name}": stat for name, stat in policy.items()},
         }
         return loss, metrics
 
@@ -127,14 +115,6 @@ class PPO(OnlineAlgorithm):
     def update_controllers(self, row: dict[str, float]) -> None:
         super().update_controllers(row)
         self.entropy.update(row["policy/entropy"])
-        if self.clip.follows_kl:
-            row["policy/update_kl"] = self.update_kl()
-            self.clip.update(row["policy/update_kl"])
 
     def schedule_metrics(self) -> dict[str, float]:
-        bounds = self.clip.at(self.progress)
-        metrics = {"clip/low": bounds.low, "clip/high": bounds.high, "clip/penalty": bounds.penalty}
-        return {
-            **{name: value for name, value in metrics.items() if value is not None},
-            "entropy/coef": self.entropy.at(self.progress),
-        }
+        return {**super().schedule_metrics(), "entropy/coef": self.entropy.at(self.progress)}
