@@ -16,6 +16,18 @@ if "OMP_WAIT_POLICY" not in os.environ:
 _HOME = {
     # algorithms
     "PPO": "algorithms",
+    "TRPO": "algorithms",
+    "A2C": "algorithms",
+    "Reinforce": "algorithms",
+    "ReinforcePP": "algorithms",
+    "RLOO": "algorithms",
+    "GRPO": "algorithms",
+    "DrGRPO": "algorithms",
+    "DAPO": "algorithms",
+    "GSPO": "algorithms",
+    "OnlineDPO": "algorithms",
+    "RAFT": "algorithms",
+    "ExpertIteration": "algorithms",
     "SFT": "algorithms",
     "RewardModel": "algorithms",
     # models and sampling
@@ -34,6 +46,9 @@ _HOME = {
     "DualClip": "clip",
     "NoClip": "clip",
     "AdaptiveKLPenalty": "clip",
+    "NoBaseline": "baseline",
+    "BatchMeanBaseline": "baseline",
+    "ValueBaseline": "baseline",
     "NoEntropy": "entropy",
     "ConstantEntropy": "entropy",
     "LinearEntropy": "entropy",

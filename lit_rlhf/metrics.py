@@ -39,6 +39,8 @@ _TABLE: dict[str, tuple[str, str, Direction]] = {
     "rollout/eos_rate": ("share of completions that ended by themselves", "fraction", None),
     "rollout/truncated_rate": ("share of completions cut at the length limit", "fraction", None),
     "rollout/tokens_per_second": ("completion tokens per second of rollout", "tokens/s", "higher"),
+    "rollout/kept_reward": ("reward of the completions that are learned from, mean", "reward", "higher"),
+    "rollout/kept_rate": ("share of completions that are right and learned from", "fraction", "higher"),
     "rollout/constant_groups": ("share of prompts all of whose completions score the same", "fraction", "lower"),
     "rollout/logprob_gap": ("mean |logprob in the sampler - in the training pass|", "nats/token", "lower"),
     # update
@@ -62,6 +64,7 @@ _TABLE: dict[str, tuple[str, str, Direction]] = {
     "clip/high": ("how far above 1 the policy ratio counts", "ratio", None),
     "clip/penalty": ("weight of KL(old || new) in the loss, in the place of clipping", "loss/nat", None),
     "policy/update_kl": ("KL(rollout policy || policy) after the updates, mean over tokens", "nats/token", None),
+    "online_dpo/accuracy": ("share of pairs whose implicit rewards are ordered as the rewards", "fraction", "higher"),
     "loss/kl": ("KL(policy || reference) in the loss, mean over tokens, before its coefficient", "nats/token", None),
     "entropy/coef": ("coefficient of the entropy term", "reward/nat", None),
     "optim/lr": ("learning rate of the first parameter group", "", None),

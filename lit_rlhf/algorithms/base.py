@@ -136,10 +136,12 @@ class Algorithm(L.LightningModule):
     def steps_per_epoch(self) -> int:
         raise NotImplementedError
 
+    def optimized_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
     def configure_optimizers(self) -> dict[str, Any]:
-        parameters = [p for p in self.parameters() if p.requires_grad]
         try:
-            optimizer = self.optimizer_factory(parameters)
+            optimizer = self.optimizer_factory(self.optimized_parameters())
         except (TypeError, ValueError) as error:
             raise UserError(f"config key 'optimizer': {error}") from error
         takes_steps = "num_training_steps" in inspect.signature(self.scheduler_factory).parameters

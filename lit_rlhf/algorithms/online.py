@@ -300,7 +300,7 @@ class OnlineAlgorithm(Algorithm):
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:  # noqa: ARG002
         tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.response_mask)
-        output = self.policy(*tokens, temperature=self.temperature, **self.forward_settings())
+        output = self.respond(*tokens)
         values = self.critic(output, *tokens)[:, :-1] if self.critic is not None else None
         self.call_hook("on_update", batch, output.logprobs.detach())
         loss, metrics = self.loss(batch, output, values)  # 7 loss
@@ -314,6 +314,10 @@ class OnlineAlgorithm(Algorithm):
         if self.target_kl is not None and "policy/approxkl" in metrics:
             self.minibatch_kl.add({"kl": metrics["policy/approxkl"]}, count)
         return loss * batch.weight if self.loss_over == "tokens" else loss
+
+    def respond(self, *tokens: Tensor) -> PolicyOutput:
+        """The policy's forward pass in a training step."""
+        return self.policy(*tokens, temperature=self.temperature, **self.forward_settings())
 
     def update_metrics(self, batch: Experience, output: PolicyOutput) -> dict[str, Tensor]:
         """How far the policy is from the one that made the rollout, and its entropy."""

@@ -1,6 +1,7 @@
 """Pure tensor maths of RLHF. Imports torch only; masks are bool, True = this token counts."""
 
-from lit_rlhf.functional.advantages import gae, group_advantages, leave_one_out_advantages
+from lit_rlhf.functional.advantages import gae, group_advantages, leave_one_out_advantages, per_token
+from lit_rlhf.functional.conjugate_gradient import conjugate_gradient
 from lit_rlhf.functional.kl import KL_ESTIMATORS, full_kl, kl_estimate
 from lit_rlhf.functional.logprobs import entropy_from_logits, selective_logprobs
 from lit_rlhf.functional.masked import masked_mean, masked_var, masked_whiten
@@ -13,6 +14,7 @@ __all__ = [
     "clipped_policy_loss",
     "clipped_surrogate",
     "clipped_value_loss",
+    "conjugate_gradient",
     "dpo_loss",
     "entropy_from_logits",
     "full_kl",
@@ -23,6 +25,7 @@ __all__ = [
     "masked_mean",
     "masked_var",
     "masked_whiten",
+    "per_token",
     "preference_loss",
     "ratio_stats",
     "selective_logprobs",

@@ -97,6 +97,15 @@ def leave_one_out_advantages(scores: Tensor, group_size: int) -> Tensor:
     return _centred_groups(scores, group_size).flatten() * (group_size / (group_size - 1))
 
 
+def per_token(x: Tensor, mask: Tensor) -> Tensor:
+    """(batch,) numbers of completions to (batch, time), the same for every token that counts and 0 elsewhere.
+
+    >>> per_token(torch.tensor([5.0]), torch.tensor([[True, True, False]]))
+    tensor([[5., 5., 0.]])
+    """
+    return zero_masked(x.unsqueeze(-1).expand(mask.shape), mask)
+
+
 def _centred_groups(scores: Tensor, group_size: int) -> Tensor:
     if scores.ndim != 1:
         raise ValueError(f"scores must be 1-D, one score per completion, but has shape {tuple(scores.shape)}")
