@@ -37,7 +37,7 @@ class ExpertIteration(OnlineAlgorithm):
         self.threshold = check_number("algorithm.threshold", threshold)
 
     def advantages(self, rewards: Tensor, rollout: Rollout, values: None) -> tuple[Tensor, None]:  # noqa: ARG002
-        """Stage 5: 0 for what is wrong; 1 / (the share of right tokens) for what is right, so that the mean is theirs."""
+        """Stage 5: 0 for what is wrong; 1 / (share of right tokens) for what is right, so that the mean is theirs."""
         mask = rollout.response_mask
         right = rewards.sum(-1) >= self.threshold
         self.pending["rollout/kept_rate"] = float(right.float().mean())
