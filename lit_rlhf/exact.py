@@ -14,6 +14,7 @@ reference. It equals KL(policy || p*) / KL(ref || p*), because J* - J(policy) = 
 
 import functools
 import itertools
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -264,7 +265,7 @@ def enumerate_completions(vocabulary: int, max_new_tokens: int, stop_ids: Sequen
 # ---- a problem to try an algorithm on ------------------------------------------------------------------------------
 
 
-def letters_policy(letters: str = "abcde", *, seed: int = 0, hidden_size: int = 32, spread: float = 0.2) -> Policy:
+def letters_policy(letters: str = "abcde", *, seed: int = 0, hidden_size: int = 32, spread: float = 0.1) -> Policy:
     """A tiny causal LM whose tokens are an end of sequence and single letters.
 
     Args:
@@ -295,13 +296,24 @@ def letters_policy(letters: str = "abcde", *, seed: int = 0, hidden_size: int = 
 
 
 def table_reward(*, seed: int = 0) -> Reward:
-    """A reward with a normally distributed number of its own for every (prompt, completion)."""
+    """A reward read from tables of normally distributed numbers, with a spread of about 1.
+
+    Every prompt has a number for each letter at each place and one for each pair of neighbours; the end counts as a
+    letter. A completion's reward is the sum of its numbers over the square root of 5.
+    """
 
     @functools.cache
     def draw(key: str) -> float:
         return random.Random(f"{seed}|{key}").gauss()
 
+    @functools.cache
+    def reward(prompt: str, text: str) -> float:
+        ended = f"{text}."
+        letters = [f"{prompt}|{place}|{letter}" for place, letter in enumerate(ended)]
+        pairs = [f"{prompt}|{pair}" for pair in map("".join, itertools.pairwise(ended))]
+        return sum(draw(key) for key in letters + pairs) / math.sqrt(5)
+
     def table(prompts: Sequence[str], completions: Sequence[str], **_columns: Any) -> list[float]:
-        return [draw(f"{prompt}|{text}") for prompt, text in zip(prompts, completions, strict=True)]
+        return [reward(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
     return table

@@ -29,7 +29,7 @@ from lit_rlhf.terminal import print_config
 log = logging.getLogger(__name__)
 
 #: Config groups whose objects the algorithm's constructor takes, under the same names.
-PARTS = ("policy", "critic", "reward", "gold", "kl", "clip", "entropy", "sampler", "optimizer", "scheduler")
+PARTS = ("policy", "critic", "reward", "gold", "kl", "clip", "entropy", "baseline", "sampler", "optimizer", "scheduler")
 _OWN = ("algorithm", "data", "trainer", "logger", "callbacks", "paths")
 _PLAIN = ("task_name", "tags", "seed", "ckpt_path", "optimized_metric")
 #: What may differ between a checkpoint's run and the run that continues it.

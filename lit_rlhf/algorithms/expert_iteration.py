@@ -32,7 +32,7 @@ class ExpertIteration(OnlineAlgorithm):
         UserError: ``threshold`` is no finite number.
     """
 
-    def __init__(self, *, threshold: float = 1.0, group_size: int = 4, epochs: int = 1, **online: Any) -> None:
+    def __init__(self, *, threshold: float = 0.5, group_size: int = 4, epochs: int = 1, **online: Any) -> None:
         super().__init__(group_size=group_size, epochs=epochs, **online)
         self.threshold = check_number("algorithm.threshold", threshold)
 

@@ -134,7 +134,8 @@ class TRPO(OnlineAlgorithm):
         for start in range(0, len(experience), self.minibatch_size):
             batch = experience[start : start + self.minibatch_size].trim().to(self.device)
             with torch.no_grad():
-                yield _Part(batch, self._forward(batch), float(batch.response_mask.sum()) / tokens)
+                old = self._forward(batch)
+            yield _Part(batch, old, float(batch.response_mask.sum()) / tokens)
 
     def _forward(self, batch: Experience) -> PolicyOutput:
         tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.response_mask)

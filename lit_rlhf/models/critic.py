@@ -17,11 +17,11 @@ HEAD_FILE = "value_head.safetensors"
 
 
 class _Head(nn.Linear):
-    """Hidden states (..., d) to values (...) in fp32; starts at zero, so that the first values are 0."""
+    """Hidden states (..., d) to values (...) in fp32; with a gain of 0 the first values are 0."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, gain: float = 0.0) -> None:
         super().__init__(hidden_size, 1)
-        nn.init.zeros_(self.weight)
+        nn.init.orthogonal_(self.weight, gain)
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -36,11 +36,12 @@ class ValueHead(nn.Module):
         policy: the policy whose backbone is shared.
         path: a folder that an earlier run saved the head to, to start from; None starts at zero.
         detach: keep the value loss out of the backbone.
+        gain: of the head's orthogonal initialisation, as in PPO2; 0 starts at values of 0.
     """
 
-    def __init__(self, policy: Policy, *, path: str | None = None, detach: bool = False) -> None:
+    def __init__(self, policy: Policy, *, path: str | None = None, detach: bool = False, gain: float = 0.0) -> None:
         super().__init__()
-        self.head = _Head(policy.hidden_size)
+        self.head = _Head(policy.hidden_size, gain)
         self.detach = detach
         if path is not None:
             load_head(self.head, path)

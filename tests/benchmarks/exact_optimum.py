@@ -23,10 +23,26 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_rlhf.algorithms import PPO
+from lit_rlhf.algorithms import (
+    A2C,
+    DAPO,
+    GRPO,
+    GSPO,
+    PPO,
+    RAFT,
+    RLOO,
+    TRPO,
+    DrGRPO,
+    ExpertIteration,
+    OnlineDPO,
+    Reinforce,
+    ReinforcePP,
+)
 from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.baseline import NoBaseline, ValueBaseline
+from lit_rlhf.clip import AdaptiveKLPenalty, SymmetricClip
 from lit_rlhf.exact import ExactProblem, letters_policy, table_reward
-from lit_rlhf.kl import FixedKL
+from lit_rlhf.kl import FixedKL, NoKL
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rollout.sampler import Sampler
@@ -64,7 +80,7 @@ class Solver:
 
 
 def make_world(seed: int) -> World:
-    policy, reward = letters_policy(seed=seed, hidden_size=64), table_reward(seed=seed)
+    policy, reward = letters_policy(seed=seed), table_reward(seed=seed)
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     problem = ExactProblem(policy=policy, rows=rows, reward=reward, beta=BETA, max_new_tokens=STEPS)
     return World(policy, reward, problem, rows)
@@ -104,11 +120,49 @@ def fit(module: L.LightningModule, loader: Any, **trainer: Any) -> None:
     ).fit(module, loader)  # fmt: skip
 
 
+def imitation(algorithm: type[OnlineAlgorithm], target: Callable[[ExactProblem], Tensor], **settings: Any) -> Solver:
+    """One iteration of an algorithm that imitates some of its completions: its target is a distribution.
+
+    What it minimises is KL(target || policy), so that is its regret, as a share of KL(target || reference). A finite
+    sample leaves about (completions that matter - 1) / (2 x sample) nats.
+    """
+
+    def regret(problem: ExactProblem, logprobs: Tensor) -> float:
+        best = target(problem)
+        parts = [torch.where(best > -torch.inf, best.exp() * (best - x), 0) for x in (logprobs, problem.reference)]
+        return float(parts[0].sum() / parts[1].sum())
+
+    solver = online(algorithm, iterations=1, lr=1e-2, kl=NoKL(), rollout_batch_size=8192, **settings)
+    return Solver(solver.run, target=target, regret=regret, bound=0.1)
+
+
+RIGHT = 0.5  # what expert iteration takes for right
+
+
+def of_the_right(problem: ExactProblem) -> Tensor:
+    return torch.where(problem.scores >= RIGHT, problem.reference, -torch.inf).log_softmax(-1)
+
+
+STEP = {"rollout_batch_size": 512, "minibatch_size": 128, "lr": 1e-2}
 SOLVERS: dict[str, Solver] = {
-    "ppo": online(
-        PPO, iterations=80, lr=3e-3, rollout_batch_size=256, minibatch_size=128, ppo_epochs=2, lam=1.0,
-        whiten_advantages=False,
+    "ppo": online(PPO, iterations=80, **STEP, ppo_epochs=1),
+    "ppo kl penalty": online(PPO, iterations=80, **STEP, ppo_epochs=1, clip=AdaptiveKLPenalty(target=0.02)),
+    "trpo": online(TRPO, iterations=50, **{**STEP, "minibatch_size": 512}, max_kl=0.02, lam=1.0),
+    "a2c": online(A2C, iterations=80, **STEP),
+    "reinforce": online(Reinforce, iterations=120, **STEP, baseline=NoBaseline()),
+    "reinforce batch mean": online(Reinforce, iterations=100, **STEP),
+    "reinforce value": online(Reinforce, iterations=80, **STEP, baseline=ValueBaseline()),
+    "reinforce++": online(ReinforcePP, iterations=80, **STEP),
+    "rloo": online(RLOO, iterations=80, **STEP, group_size=4),
+    "grpo": online(GRPO, iterations=80, **STEP, group_size=8),
+    "dr grpo": online(DrGRPO, iterations=80, **STEP, group_size=8),
+    "dapo": online(DAPO, iterations=80, **STEP, group_size=8),
+    "gspo": online(GSPO, iterations=80, **STEP, group_size=8, clip=SymmetricClip()),
+    "online dpo": online(OnlineDPO, iterations=80, **STEP, group_size=2),
+    "raft, best of 4": imitation(
+        RAFT, lambda problem: problem.best_of(4), group_size=4, epochs=12, minibatch_size=256
     ),
+    "expert iteration": imitation(ExpertIteration, of_the_right, threshold=RIGHT, epochs=6, minibatch_size=512),
 }  # fmt: skip
 
 
