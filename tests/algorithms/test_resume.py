@@ -1,5 +1,6 @@
 """A run that stops and continues is the run that never stopped: weights, rows and samples, to the bit."""
 
+import copy
 import csv
 
 import lightning as L
@@ -8,8 +9,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import LORA, Prompts, letters, tiny_policy
 
+from lit_rlhf import algorithms
 from lit_rlhf.algorithms import PPO
+from lit_rlhf.baseline import ValueBaseline
 from lit_rlhf.callbacks import Samples
+from lit_rlhf.clip import AdaptiveKLPenalty
 from lit_rlhf.kl import AdaptiveKL
 from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.rewards.shaping import ScoreShaper
@@ -31,20 +35,20 @@ class Killed(Exception):
     pass
 
 
-def make(lora=None, **changes):
-    return PPO(
+def make(lora=None, algorithm=PPO, **changes):
+    settings = {
+        "rollout_batch_size": 6, "minibatch_size": 2, **({"ppo_epochs": 2} if algorithm is PPO else {}),
+    }  # fmt: skip
+    return algorithm(
         policy=tiny_policy(lora=lora),
         reward=letters,
         gold=letters,
         sampler=Sampler(max_new_tokens=5),
         kl=AdaptiveKL(init_coef=0.1, target=0.01, horizon=50),
         scores=ScoreShaper(normalize=True),
-        rollout_batch_size=6,
-        minibatch_size=2,
-        ppo_epochs=2,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01),
         seed=4,
-        **changes,
+        **{**settings, **changes},
     )
 
 
@@ -130,6 +134,38 @@ def test_resume_is_exact_when_updates_stop_early(tmp_path, steps):
     run(tmp_path / "split", make(target_kl=2e-4), until=4, every_n_train_steps=1, stop=Stop(step=steps))
     resumed = run(tmp_path / "split", make(target_kl=2e-4), until=4, ckpt_path=tmp_path / "split/checkpoints/last.ckpt")
     assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+
+
+FAMILY = {
+    "A2C": {},
+    "Reinforce": {},
+    "Reinforce with values": {"baseline": ValueBaseline()},
+    "ReinforcePP": {"epochs": 2},
+    "RLOO": {"group_size": 3, "epochs": 2, "clip": AdaptiveKLPenalty(target=1e-4)},
+    "GRPO": {"group_size": 3, "epochs": 2},
+    "DrGRPO": {"group_size": 3},
+    "DAPO": {"group_size": 2, "kept_batch_size": 4},
+    "GSPO": {"group_size": 3},
+    "RAFT": {"group_size": 2, "minibatch_size": 1},
+    "ExpertIteration": {"group_size": 2, "threshold": 0.0},
+    "OnlineDPO": {"epochs": 2},
+    "TRPO": {"epochs": 2},
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_algorithm_resumes_from_the_middle_of_an_iteration(tmp_path, name):
+    def fresh():
+        return make(algorithm=getattr(algorithms, name.split()[0]), **copy.deepcopy(FAMILY[name]))
+
+    whole = run(tmp_path / "whole", fresh(), until=2)
+    steps = whole.steps_per_epoch()
+    middle = steps + steps // 2  # of the second iteration
+    run(tmp_path / "split", fresh(), until=2, every_n_train_steps=middle, stop=Stop(step=middle))
+    resumed = run(tmp_path / "split", fresh(), until=2, ckpt_path=tmp_path / "split/checkpoints/last.ckpt")
+    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+    start = tiny_policy().state_dict()
+    assert any(not torch.equal(start[k], v) for k, v in resumed.policy.state_dict().items())
 
 
 def test_micro_batches_resume_too(tmp_path):
