@@ -1,20 +1,16 @@
 """Solving a linear system through products with its matrix alone."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 
-def conjugate_gradient(
-    product: Callable[[Tensor], Tensor], vector: Tensor, steps: int, tolerance: float = 1e-10
-) -> Tensor:
+def conjugate_gradient(product, vector: Tensor, steps: int, tolerance: float = 1e-10) -> Tensor:
     """Solves ``F x = vector`` for x by conjugate gradients (Hestenes & Stiefel 1952), from x = 0.
 
     With d = n steps it is exact for an (n, n) matrix; TRPO stops after about 10 (arXiv:1502.05477, appendix C.1).
 
     Args:
-        product: x (n,) -> F x (n,); F symmetric and positive definite.
+        product: a function, x (n,) -> F x (n,); F symmetric and positive definite.
         vector: (n,).
         steps: at most this many products.
         tolerance: ends once the squared residual is below this times the squared norm of ``vector``.

@@ -491,6 +491,14 @@ def test_a_causal_model_without_a_trained_score_is_no_critic(tmp_path):
         SeparateCritic(tiny_policy(), init=str(tmp_path))
 
 
+def test_a_value_head_starts_at_0_or_with_an_orthogonal_weight():
+    policy = tiny_policy()
+    assert torch.equal(ValueHead(policy).head.weight, torch.zeros(1, policy.hidden_size))
+    head = ValueHead(policy, gain=2.0).head  # one row is orthogonal if its norm is the gain
+    assert float(head.weight.norm()) == pytest.approx(2.0, rel=1e-5)
+    assert torch.equal(head.bias, torch.zeros(1))
+
+
 @pytest.mark.parametrize("critic", [ValueHead, SeparateCritic])
 def test_values_survive_saving_and_loading_a_checkpoint(trainer, tmp_path, critic):
     ppo = make(critic=critic)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_rlhf.functional import gae, group_advantages, leave_one_out_advantages
+from lit_rlhf.functional import gae, group_advantages, leave_one_out_advantages, per_token
 
 
 def run_gae(rewards, values, gamma, lam, mask=None):
@@ -180,3 +180,8 @@ def test_groups_that_cannot_be_are_refused(function):
         function(torch.zeros(10), 4)
     with pytest.raises(ValueError, match=r"1-D.*\(5, 2\)"):
         function(torch.zeros(5, 2), 5)
+
+
+def test_a_completions_number_goes_to_each_of_its_tokens_and_nowhere_else():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert per_token(torch.tensor([2.0, -1.0]), mask).tolist() == [[2.0, 2.0, 0.0], [-1.0, 0.0, 0.0]]

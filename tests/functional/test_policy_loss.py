@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from lit_rlhf.functional import clipped_policy_loss
+from lit_rlhf.functional import clipped_policy_loss, clipped_surrogate, ratio_stats
 
 NAN, INF = math.nan, math.inf
 
@@ -157,3 +157,25 @@ def test_wrong_arguments_are_refused():
         clipped_policy_loss(x, x, x, mask, 0.1, NAN)
     with pytest.raises(ValueError, match=r"dual_clip=1\.0 must be above 1"):
         clipped_policy_loss(x, x, x, mask, 0.2, 0.2, dual_clip=1.0)
+
+
+# ---- the surrogate before its mean ---------------------------------------------------------------------------
+
+
+def test_the_surrogate_of_single_tokens_by_hand():
+    # ratios .5, 1, 1.5 with A = 1, -1, 2 and eps .2: -.5, 1, -2.4 (cut); their mean is the loss's -.6333
+    logprobs = torch.tensor([[0.5, 1.0, 1.5]]).log().requires_grad_()
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    losses, clipped = clipped_surrogate(logprobs, torch.zeros(1, 3), torch.tensor([[1.0, -1.0, 2.0]]), mask, 0.2, 0.2)
+    torch.testing.assert_close(losses, torch.tensor([[-0.5, 1.0, -2.4]]))
+    assert clipped.tolist() == [[False, False, True]]
+    (gradient,) = torch.autograd.grad(losses.sum(), logprobs)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.5, 1.0, 0.0]]))
+
+
+def test_ratio_stats_by_hand_skip_what_does_not_count():
+    new, old = torch.tensor([[0.5, 2.0, 9e9]]).log(), torch.zeros(1, 3)
+    stats = ratio_stats(new, old, torch.tensor([[True, True, False]]))
+    assert float(stats["ratio"]) == pytest.approx(1.25)
+    assert float(stats["ratio_max"]) == pytest.approx(2.0)
+    assert float(stats["approxkl"]) == pytest.approx(0.480453 / 2, abs=1e-5)  # log(2)^2 of both

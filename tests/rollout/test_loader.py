@@ -161,3 +161,42 @@ def test_an_empty_dataset_is_refused():
 def test_batches_that_are_no_prompts_are_refused(batch, message):
     with pytest.raises(UserError, match=message):
         split_rows(batch)
+
+
+# ---- groups and pairs ----------------------------------------------------------------------------------------
+
+
+def test_the_rows_of_a_unit_stay_together_in_every_minibatch_and_micro_batch():
+    batches = numbers(loader(unit=2))
+    assert sorted(n for batch in batches[:4] for n in batch) == list(range(8))
+    for batch in batches:
+        assert [n - 1 for n in batch[1::2]] == batch[0::2]
+        assert all(n % 2 == 0 for n in batch[0::2])
+    assert batches[:4] != batches[4:]
+
+
+def test_a_unit_that_a_micro_batch_would_cut_is_refused():
+    with pytest.raises(UserError, match=r"minibatch_size / trainer.accumulate_grad_batches=1 is not divisible by"):
+        loader(unit=2, micro_batches=4)
+
+
+def test_less_experience_than_completions_makes_fewer_minibatches():
+    kept = loader(experience_size=4, micro_batches=1)
+    kept.collect = lambda iteration, rows: experience(iteration, rows)[[1, 3, 5, 7]]
+    batches = numbers(kept)
+    assert len(batches) == len(kept) == 2
+    assert all(sorted(batch) == [1, 3, 5, 7] for batch in batches)
+
+
+def test_each_prompt_is_drawn_as_often_as_its_group_is_large_and_a_resume_goes_on():
+    def rows(group_size):
+        return PromptRows(SeededPasses(Prompts(batch_size=3).train_dataloader(), seed=1), group_size)
+
+    single, grouped = rows(1), rows(4)
+    drawn = [single.draw(5) for _ in range(3)]
+    repeated = [grouped.draw(20) for _ in range(3)]
+    for once, often in zip(drawn, repeated, strict=True):
+        assert often == [row for row in once for _ in range(4)]
+    resumed = rows(4)
+    resumed.load_state_dict(grouped.state_dict())
+    assert resumed.draw(12) == grouped.draw(12) == [row for row in single.draw(3) for _ in range(4)]
