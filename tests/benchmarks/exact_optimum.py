@@ -132,7 +132,7 @@ def imitation(algorithm: type[OnlineAlgorithm], target: Callable[[ExactProblem],
         parts = [torch.where(best > -torch.inf, best.exp() * (best - x), 0) for x in (logprobs, problem.reference)]
         return float(parts[0].sum() / parts[1].sum())
 
-    solver = online(algorithm, iterations=1, lr=1e-2, kl=NoKL(), rollout_batch_size=8192, **settings)
+    solver = online(algorithm, iterations=1, lr=1e-2, kl=NoKL(), minibatch_size=512, **settings)
     return Solver(solver.run, target=target, regret=regret, bound=0.1)
 
 
@@ -143,26 +143,31 @@ def of_the_right(problem: ExactProblem) -> Tensor:
     return torch.where(problem.scores >= RIGHT, problem.reference, -torch.inf).log_softmax(-1)
 
 
-STEP = {"rollout_batch_size": 512, "minibatch_size": 128, "lr": 1e-2}
+# With a bound on the ratio, four steps an iteration; without one they have to be on-policy, one each.
+BOUNDED = {"iterations": 100, "lr": 5e-3, "rollout_batch_size": 512, "minibatch_size": 128}
+ON_POLICY = {"iterations": 250, "lr": 5e-3, "rollout_batch_size": 256, "minibatch_size": 256}
 SOLVERS: dict[str, Solver] = {
-    "ppo": online(PPO, iterations=80, **STEP, ppo_epochs=1),
-    "ppo kl penalty": online(PPO, iterations=80, **STEP, ppo_epochs=1, clip=AdaptiveKLPenalty(target=0.02)),
-    "trpo": online(TRPO, iterations=50, **{**STEP, "minibatch_size": 512}, max_kl=0.02, lam=1.0),
-    "a2c": online(A2C, iterations=80, **STEP),
-    "reinforce": online(Reinforce, iterations=120, **STEP, baseline=NoBaseline()),
-    "reinforce batch mean": online(Reinforce, iterations=100, **STEP),
-    "reinforce value": online(Reinforce, iterations=80, **STEP, baseline=ValueBaseline()),
-    "reinforce++": online(ReinforcePP, iterations=80, **STEP),
-    "rloo": online(RLOO, iterations=80, **STEP, group_size=4),
-    "grpo": online(GRPO, iterations=80, **STEP, group_size=8),
-    "dr grpo": online(DrGRPO, iterations=80, **STEP, group_size=8),
-    "dapo": online(DAPO, iterations=80, **STEP, group_size=8),
-    "gspo": online(GSPO, iterations=80, **STEP, group_size=8, clip=SymmetricClip()),
-    "online dpo": online(OnlineDPO, iterations=80, **STEP, group_size=2),
+    "ppo": online(PPO, **BOUNDED, ppo_epochs=1),
+    "ppo, kl penalty": online(PPO, **BOUNDED, ppo_epochs=1, clip=AdaptiveKLPenalty(target=0.02)),
+    # Its step is as long near the optimum as far from it, so it has to be short.
+    "trpo": online(TRPO, iterations=60, lr=1e-2, rollout_batch_size=512, minibatch_size=512, max_kl=0.005, lam=1.0),
+    "a2c": online(A2C, **ON_POLICY, value_coef=0.1),
+    "reinforce": online(Reinforce, **ON_POLICY, baseline=NoBaseline()),
+    "reinforce, batch mean": online(Reinforce, **ON_POLICY),
+    "reinforce, value": online(Reinforce, **ON_POLICY, baseline=ValueBaseline()),
+    "reinforce++": online(ReinforcePP, **BOUNDED),
+    "rloo": online(RLOO, **BOUNDED, group_size=4),
+    "grpo": online(GRPO, **BOUNDED, group_size=8),
+    "dr grpo": online(DrGRPO, **BOUNDED, group_size=8),
+    "dapo": online(DAPO, **BOUNDED, group_size=8),
+    "gspo": online(GSPO, **BOUNDED, group_size=8, clip=SymmetricClip()),
+    "online dpo": online(OnlineDPO, **BOUNDED, group_size=2),
     "raft, best of 4": imitation(
-        RAFT, lambda problem: problem.best_of(4), group_size=4, epochs=12, minibatch_size=256
+        RAFT, lambda problem: problem.best_of(4), rollout_batch_size=32768, group_size=4, epochs=15
     ),
-    "expert iteration": imitation(ExpertIteration, of_the_right, threshold=RIGHT, epochs=6, minibatch_size=512),
+    "expert iteration": imitation(
+        ExpertIteration, of_the_right, rollout_batch_size=16384, threshold=RIGHT, epochs=10
+    ),
 }  # fmt: skip
 
 
