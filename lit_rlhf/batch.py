@@ -1,4 +1,4 @@
-"""The four batch types that travel between the numbered stages.
+"""The batch types that travel between the numbered stages.
 
 All are frozen and keyword-only. Masks are bool and mean "this token counts". Prompts are padded on the left, responses
 on the right, so that in any batch column ``P`` of ``[prompt | response]`` is the first response token of every row.
@@ -194,3 +194,33 @@ class PreferenceBatch(_Rows):
     rejected_ids: Tensor
     rejected_mask: Tensor
     margin: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CompletionBatch(_Rows):
+    """Completions that somebody else wrote, tokenised: what algorithms of fixed data learn from.
+
+    Attributes:
+        prompt_ids, prompt_mask: (B, P), padded on the left.
+        response_ids, response_mask: (B, T), padded on the right; the end of sequence is inside the mask, once.
+    """
+
+    prompt_ids: Tensor = field(metadata=_PROMPT)
+    prompt_mask: Tensor = field(metadata=_PROMPT)
+    response_ids: Tensor = field(metadata=_RESPONSE)
+    response_mask: Tensor = field(metadata=_RESPONSE)
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The arguments of a policy's forward pass."""
+        return self.prompt_ids, self.prompt_mask, self.response_ids, self.response_mask
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) response tokens, the end of sequence included."""
+        return self.response_mask.sum(-1)
+
+    @property
+    def count(self) -> int:
+        """All tokens, padding excluded."""
+        return int(self.prompt_mask.sum()) + int(self.response_mask.sum())

@@ -16,6 +16,7 @@ from lit_rlhf.algorithms.base import OptimizerFactory, SchedulerFactory
 from lit_rlhf.algorithms.offline import MicroBatch, OfflineAlgorithm
 from lit_rlhf.batch import PreferenceBatch
 from lit_rlhf.checks import check_number
+from lit_rlhf.data.completions import number_column
 from lit_rlhf.distributed import shard
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import preference_loss
@@ -107,8 +108,8 @@ class RewardModel(OfflineAlgorithm):
             raise UserError(f"a batch of pairs has {len(chosen)} chosen and {len(rejected)} rejected texts")
         chosen_ids, chosen_mask = self.scorer.pad(chosen)
         rejected_ids, rejected_mask = self.scorer.pad(rejected)
-        margin = _numbers(batch, "margin", len(chosen)) if "margin" in batch else torch.zeros(len(chosen))
-        agreement = _numbers(batch, "agreement", len(chosen)) if "agreement" in batch else torch.ones(len(chosen))
+        margin = number_column(batch, "margin", len(chosen)) if "margin" in batch else torch.zeros(len(chosen))
+        agreement = number_column(batch, "agreement", len(chosen)) if "agreement" in batch else torch.ones(len(chosen))
         if ((agreement < 0) | (agreement > 1)).any():
             raise UserError(
                 f"column 'agreement' of the batch must be shares from 0 to 1, got {agreement.tolist()!r:.80}"
@@ -125,7 +126,7 @@ class RewardModel(OfflineAlgorithm):
 
     def _ratings(self, batch: Mapping[str, Any]) -> MicroBatch:
         rows = self._tokenize(batch, "text")
-        inputs = RatedBatch(*self.scorer.pad(rows), _numbers(batch, "score", len(rows)))
+        inputs = RatedBatch(*self.scorer.pad(rows), number_column(batch, "score", len(rows)))
         return MicroBatch(inputs, len(rows), len(rows), sum(map(len, rows)))
 
     def _tokenize(self, batch: Mapping[str, Any], column: str) -> list[Tensor]:
@@ -185,21 +186,3 @@ def _named(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _widen(x: Tensor, width: int, value: float) -> Tensor:
     return F.pad(x, (0, width - x.shape[1]), value=value)
-
-
-def _numbers(batch: Mapping[str, Any], column: str, count: int) -> Tensor:
-    """A column of the batch as fp32 (B,).
-
-    Raises:
-        UserError: it is no column of ``count`` finite numbers.
-    """
-    try:
-        values = torch.as_tensor(batch[column], dtype=torch.float32)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"column '{column}' of the batch is not numbers: {error}") from error
-    if values.shape != (count,):
-        raise UserError(f"column '{column}' of the batch has the shape {tuple(values.shape)} for {count} rows")
-    if not values.isfinite().all():
-        number = int((~values.isfinite()).nonzero()[0])
-        raise UserError(f"column '{column}' of the batch is {values[number]} at sample {number}")
-    return values

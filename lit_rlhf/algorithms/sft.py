@@ -4,7 +4,6 @@ The first stage of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, section 3.
 target tokens, token by token, given the tokens before them.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_rlhf.algorithms.base import OptimizerFactory, SchedulerFactory
 from lit_rlhf.algorithms.offline import MicroBatch, OfflineAlgorithm
-from lit_rlhf.data.tokenize import render
+from lit_rlhf.data.completions import check_max_length, encode
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy
-
-Sequence = tuple[list[int], int]  # token ids, and how many of them are prompt
 
 
 class SFT(OfflineAlgorithm):
@@ -59,19 +56,16 @@ class SFT(OfflineAlgorithm):
         seed: int = 0,
     ) -> None:
         super().__init__(log_every_n_steps=log_every_n_steps, optimizer=optimizer, scheduler=scheduler, seed=seed)
-        context = policy.context_length or sys.maxsize
-        if max_length is not None and not 2 <= max_length <= context:
-            raise UserError(
-                f"algorithm.max_length={max_length} must be at least 2 and at most the policy's context of {context}"
-            )
-        if policy.tokenizer.eos_token_id is None:
-            raise UserError("SFT ends every text with the tokenizer's end of sequence, but this tokenizer has none")
         self.policy = policy
-        self.max_length = max_length or context
+        self.max_length = check_max_length(max_length, policy)
 
     def collate(self, batch: Any) -> MicroBatch:
         rows = _columns(batch)
-        sequences = [self._sequence(number, *row) for number, row in enumerate(rows)]
+        column = "text" if "text" in batch else "completion"
+        sequences = [
+            encode(number, prompt, text, column, self.policy.tokenizer, self.max_length)
+            for number, (prompt, text) in enumerate(rows)
+        ]
         ids = [torch.tensor(tokens) for tokens, _ in sequences]
         targets = [torch.arange(len(tokens)) >= max(prompt, 1) for tokens, prompt in sequences]
         input_ids = pad_sequence(ids, batch_first=True, padding_value=self.policy.tokenizer.pad_token_id)
@@ -87,23 +81,6 @@ class SFT(OfflineAlgorithm):
             sequences=len(rows),
             tokens=int(lengths.sum()),
         )
-
-    def _sequence(self, number: int, prompt: Any, text: Any) -> Sequence:
-        tokenizer = self.policy.tokenizer
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"sample {number} of the batch has no text to learn from: {text!r}")
-        opening: list[int] = []
-        if prompt is not None:
-            opening = tokenizer(render(prompt, tokenizer), add_special_tokens=isinstance(prompt, str))["input_ids"]
-        ids = opening + tokenizer(text, add_special_tokens=prompt is None)["input_ids"]
-        if ids[-1] != tokenizer.eos_token_id:
-            ids.append(tokenizer.eos_token_id)
-        if len(opening) >= self.max_length:
-            raise UserError(
-                f"sample {number} of the batch: its prompt has {len(opening)} tokens, which leaves none of "
-                f"algorithm.max_length={self.max_length} for the completion: {str(prompt)[:80]!r}"
-            )
-        return ids[: self.max_length], len(opening)
 
     def loss(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         ids, targets = inputs["input_ids"], inputs["target_mask"]

@@ -35,7 +35,7 @@ def split_rows(batch: Any) -> list[Row]:
     if "prompt" not in batch and "attention_mask" not in batch:
         raise UserError("the dataloader's batches have 'input_ids' without 'attention_mask': which tokens count?")
     key = "prompt" if "prompt" in batch else "input_ids"
-    if _transposed(batch[key]):
+    if is_transposed(batch[key]):
         raise UserError(
             "the batch holds chats that the default collate function of a DataLoader has turned inside out; give it "
             "collate_fn=lambda rows: {key: [row[key] for row in rows] for key in rows[0]}"
@@ -55,7 +55,7 @@ def split_rows(batch: Any) -> list[Row]:
     return [{name: column[i] for name, column in columns.items()} for i in range(size)]
 
 
-def _transposed(prompts: Any) -> bool:
+def is_transposed(prompts: Any) -> bool:
     """Whether each "chat" is one turn of all chats: {"role": [...], "content": [...]}."""
     return (
         isinstance(prompts, list)
