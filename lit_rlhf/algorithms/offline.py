@@ -12,6 +12,8 @@ from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.data.passes import END_OF_PASS, SeededPasses
 from lit_rlhf.distributed import rank, split_batch, world_size
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.policy import Policy, disable_dropout
+from lit_rlhf.models.reference import Reference, make_reference, require_same_reference
 from lit_rlhf.rollout.philox import derive_seed
 
 
@@ -156,6 +158,17 @@ class OfflineAlgorithm(Algorithm):
         self.rate = 0.0  # learning rate of the newest step
         self.awaits_validation = False  # the newest step's validation is still to come
         self.validation: dict[str, MeanMetric] = {}
+        self.reference: Reference | None = None  # of algorithms that compare the policy with it
+        self.reference_id: str | None = None
+
+    def anchor(self, policy: Policy) -> None:
+        """Keeps ``policy`` as it is now as the reference, for a subclass that compares with it.
+
+        Dropout is off from here on: policy and reference are compared token by token.
+        """
+        disable_dropout(policy)
+        self.reference = make_reference(policy)
+        self.reference_id = self.reference.fingerprint()
 
     # ---- what a subclass gives ------------------------------------------------------------------------------------
 
@@ -245,6 +258,8 @@ class OfflineAlgorithm(Algorithm):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if self.reference is not None:
+            self.reference = self.reference.to(self.trainer.strategy.root_device)
         if stage == "fit":
             self.take_over_loader()
             self.loader = None
@@ -291,9 +306,11 @@ class OfflineAlgorithm(Algorithm):
             "tokens": self.tokens,
             "rate": self.rate,
             "awaits_validation": self.awaits_validation,
+            "reference": self.reference_id,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        require_same_reference(state.get("reference"), self.reference_id)
         self._loader_state = state["loader"]
         self.steps, self.sequences, self.tokens = state["steps"], state["sequences"], state["tokens"]
         self.rate, self.awaits_validation = state["rate"], state["awaits_validation"]

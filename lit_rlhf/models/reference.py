@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lit_rlhf.distributed import shard
+from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy, PolicyOutput
 
 
@@ -56,9 +57,21 @@ class FrozenCopy:
         shard(self._policy.base, mesh)
 
 
-def make_reference(policy: Policy) -> AdapterOff | FrozenCopy:
+Reference = AdapterOff | FrozenCopy
+
+
+def make_reference(policy: Policy) -> Reference:
     """The reference that fits ``policy``. Make it before training, from the weights that the run starts from."""
     return AdapterOff(policy) if isinstance(policy.model, PeftModel) else FrozenCopy(policy)
+
+
+def require_same_reference(stored: str | None, now: str | None) -> None:
+    """Raises UserError if the fingerprint that a checkpoint holds is not that of the reference of now."""
+    if stored != now:
+        raise UserError(
+            "the checkpoint was trained against another reference: the weights of the policy that this run starts from "
+            f"have the hash {str(now)[:12]}, those of the checkpoint's run {str(stored)[:12]}"
+        )
 
 
 def _hash(state: dict[str, Tensor]) -> str:
