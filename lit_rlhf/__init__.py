@@ -30,6 +30,11 @@ _HOME = {
     "ExpertIteration": "algorithms",
     "SFT": "algorithms",
     "RewardModel": "algorithms",
+    "DPO": "algorithms",
+    "RobustDPO": "algorithms",
+    "IPO": "algorithms",
+    "KTO": "algorithms",
+    "ORPO": "algorithms",
     # models and sampling
     "Policy": "models",
     "ValueHead": "models",
@@ -75,6 +80,7 @@ _HOME = {
     # data
     "ArithmeticPrompts": "data",
     "DatasetPrompts": "data",
+    "HumanRatingsCompletions": "data",
     "HumanRatingsPairs": "data",
     "HumanRatingsPrompts": "data",
     "HumanRatingsScores": "data",

@@ -1,4 +1,4 @@
-"""Single texts from the human ratings: for SFT, and as prompts for the online algorithms."""
+"""Single texts from the human ratings: for SFT, as prompts for the online algorithms, as rated completions."""
 
 from lit_rlhf.data.base import RatingsData, Row, require_positive
 from lit_rlhf.data.human_ratings import SPLITS
@@ -120,3 +120,42 @@ class HumanRatingsPrompts(RatingsData):
                 f"{self.ratings.domain}"
             )
         return list(rows.values())
+
+
+class HumanRatingsCompletions(RatingsData):
+    """Snippets cut in two, opening and rest, with what their raters thought: for KTO, ILQL and deep Q-learning.
+
+    Batches: `prompt`, the first words, and `completion`, the rest with the blank before it, lists of str; `reward`, the
+    tensor (B,) of the mean ratings (-4 to 4); `label`, a list of bool, whether that is above 0.
+
+    Args:
+        domain: movies, tweets, amazon or nyt.
+        batch_size: rows in a batch.
+        prompt_words: words, separated by blanks, in a prompt; a snippet without any more is left out.
+
+    Raises:
+        UserError: a bad argument; at `setup`, no snippet is long enough.
+    """
+
+    def __init__(self, *, domain: str = "movies", batch_size: int = 32, prompt_words: int = 4) -> None:
+        super().__init__(domain, batch_size)
+        require_positive(prompt_words=prompt_words)
+        self.prompt_words = prompt_words
+
+    def make_rows(self) -> dict[str, list[Row]]:
+        return {split: self._rows_of(split) for split in SPLITS}
+
+    def _rows_of(self, split: str) -> list[Row]:
+        rows = []
+        for snippet in self.ratings.load(split):
+            words = snippet.text.split()
+            if len(words) > self.prompt_words:
+                opening, rest = words[: self.prompt_words], words[self.prompt_words :]
+                text = {"prompt": " ".join(opening), "completion": " " + " ".join(rest)}
+                rows.append({**text, "reward": snippet.mean, "label": snippet.mean > 0})
+        if not rows:
+            raise UserError(
+                f"data.prompt_words={self.prompt_words} leaves no completion in the {split} snippets of "
+                f"{self.ratings.domain}"
+            )
+        return rows
