@@ -13,7 +13,8 @@ ROWS, STEPS = 5, 7
 ALONE = SimpleNamespace(
     device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x, unwrap_model=lambda x: x
 )
-TRAINING = SimpleNamespace(training=True, is_gradient_checkpointing=False)
+TRAINING = torch.nn.Identity()  # a module in training that is no peft model
+TRAINING.is_gradient_checkpointing = False
 
 
 class Metrics(dict):
