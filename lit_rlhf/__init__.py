@@ -35,6 +35,8 @@ _HOME = {
     "IPO": "algorithms",
     "KTO": "algorithms",
     "ORPO": "algorithms",
+    "ILQL": "algorithms",
+    "DQN": "algorithms",
     # models and sampling
     "Policy": "models",
     "ValueHead": "models",

@@ -87,6 +87,13 @@ _TABLE: dict[str, tuple[str, str, Direction]] = {
     "loss/nll": ("minus log policy of a chosen completion, mean over its tokens", "nats/token", None),
     "loss/odds_ratio": ("-log sigmoid of the log odds ratio, before its weight", "loss", None),
     "orpo/log_odds_ratio": ("log odds of the chosen minus log odds of the rejected completion, mean", "", "higher"),
+    "loss/q": ("squared error of Q to its target, mean over tokens, summed over the heads", "reward^2", None),
+    "loss/v": ("expectile loss of V, mean over tokens", "reward^2", None),
+    "loss/cql": ("conservative loss: -log softmax(Q)(token), mean over tokens, summed over the heads", "nats", None),
+    "loss/lm": ("minus log policy of a token, mean over tokens", "nats/token", None),
+    "q/mean": ("Q of the data's tokens, the smallest of the heads, mean over tokens", "reward", None),
+    "q/state_value": ("V of the states, or the largest Q where there is no V, mean over tokens", "reward", None),
+    "q/return": ("discounted reward to come that the data really got, mean over tokens", "reward", None),
     # wall time in one iteration
     "time/rollout": ("stage 1: sampling the completions", "s", None),
     "time/score": ("stage 2: scoring them", "s", None),

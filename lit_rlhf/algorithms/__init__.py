@@ -3,10 +3,12 @@
 from lit_rlhf.algorithms.a2c import A2C
 from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.algorithms.dpo import DPO
+from lit_rlhf.algorithms.dqn import DQN
 from lit_rlhf.algorithms.dr_grpo import DrGRPO
 from lit_rlhf.algorithms.expert_iteration import ExpertIteration
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.gspo import GSPO
+from lit_rlhf.algorithms.ilql import ILQL
 from lit_rlhf.algorithms.ipo import IPO
 from lit_rlhf.algorithms.kto import KTO
 from lit_rlhf.algorithms.online_dpo import OnlineDPO
@@ -25,8 +27,10 @@ __all__ = [
     "A2C",
     "DAPO",
     "DPO",
+    "DQN",
     "GRPO",
     "GSPO",
+    "ILQL",
     "IPO",
     "KTO",
     "ORPO",

@@ -21,6 +21,7 @@ from lit_rlhf.checks import check_int
 from lit_rlhf.distributed import rank, shard, whole
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import entropy_from_logits, selective_logprobs
+from lit_rlhf.models.guided import GUIDANCE_FILE, GuidedModel, load_guidance
 from lit_rlhf.models.sources import not_loaded, resolve_model
 from lit_rlhf.rollout.sampler import position_ids
 
@@ -97,8 +98,9 @@ class Policy(nn.Module):
         """Loads a policy by hub name, by folder, or by a short name such as ``smollm2`` (see ``lit-rlhf fetch``).
 
         A folder with a peft adapter is loaded and merged into its base model, so that a new adapter starts on top and
-        the reference is the model that the run starts from. ``attention`` names one of transformers' implementations;
-        on a CPU ``eager`` trains short texts quicker than the default.
+        the reference is the model that the run starts from. A folder with Q heads (of ILQL or deep Q-learning) gives a
+        policy whose logits they guide, see ``models/guided.py``. ``attention`` names one of transformers'
+        implementations; on a CPU ``eager`` trains short texts quicker than the default.
 
         Raises:
             UserError: nothing can be loaded from ``path``.
@@ -113,6 +115,13 @@ class Policy(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise not_loaded("policy.path", path, "causal language model", error) from error
+        model = load_guidance(folder, model)
+        if isinstance(model, GuidedModel) and (lora is not None or gradient_checkpointing):
+            raise UserError(
+                f"policy.path={path} decodes with Q heads, which needs policy.lora=null and "
+                "policy.gradient_checkpointing=false; to go on from its language model alone, copy the folder without "
+                f"{GUIDANCE_FILE}"
+            )
         return cls(model=model, tokenizer=tokenizer, lora=lora, gradient_checkpointing=gradient_checkpointing)
 
     @classmethod
