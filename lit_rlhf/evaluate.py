@@ -34,6 +34,9 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     stored.logger, stored.callbacks = None, {"samples": {"_target_": "lit_rlhf.callbacks.Samples"}}
     stored.trainer.enable_checkpointing = False
     stored.trainer.update({"devices": 1, "num_nodes": 1, "strategy": "auto"})  # of a run in several processes, too
+    for part, node in config.overrides.items():
+        if isinstance(node, DictConfig) and "_target_" in node:
+            stored.pop(part, None)  # of another class: the keys of the run's own would go to a class that has none such
     merged = OmegaConf.merge(stored, config.overrides)
     run = build(merged)
     if not run.algorithm.online:
