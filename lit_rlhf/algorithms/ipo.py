@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.algorithms.offline import MicroBatch, OfflineAlgorithm
-from lit_rlhf.algorithms.pairs import anchored_logprobs, collate_pairs, pair_metrics
-from lit_rlhf.batch import CompletionBatch
+from lit_rlhf.algorithms.pairs import PairBatch, anchored_logprobs, collate_pairs, pair_metrics
 from lit_rlhf.checks import check_bool, check_number
 from lit_rlhf.data.completions import check_max_length
 from lit_rlhf.functional import ipo_loss
@@ -55,11 +54,11 @@ class IPO(OfflineAlgorithm):
     def collate(self, batch: Any) -> MicroBatch:
         return collate_pairs(batch, self.policy, self.max_length, "IPO")
 
-    def loss(self, inputs: CompletionBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, inputs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs = anchored_logprobs(self.policy, self.reference, inputs)
         loss, stats = ipo_loss(*logprobs, self.beta)
         if self.length_normalize:
-            lengths = inputs.lengths.chunk(2) * 2
+            lengths = inputs.sides(inputs.completions.lengths) * 2
             loss, _ = ipo_loss(*(x / n for x, n in zip(logprobs, lengths, strict=True)), self.beta)
         return loss, pair_metrics(stats, *logprobs[:2])
 

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.algorithms.offline import MicroBatch, OfflineAlgorithm
-from lit_rlhf.algorithms.pairs import collate_pairs, pair_metrics, sequence_logprobs
-from lit_rlhf.batch import CompletionBatch
+from lit_rlhf.algorithms.pairs import PairBatch, collate_pairs, pair_metrics, sequence_logprobs
 from lit_rlhf.checks import check_number
 from lit_rlhf.data.completions import check_max_length
 from lit_rlhf.functional import odds_ratio_loss
@@ -42,9 +41,9 @@ class ORPO(OfflineAlgorithm):
     def collate(self, batch: Any) -> MicroBatch:
         return collate_pairs(batch, self.policy, self.max_length, "ORPO")
 
-    def loss(self, inputs: CompletionBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs = sequence_logprobs(self.policy, inputs)
-        chosen, rejected = (logprobs / inputs.lengths).chunk(2)
+    def loss(self, inputs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs = sequence_logprobs(self.policy, inputs.completions)
+        chosen, rejected = inputs.sides(logprobs / inputs.completions.lengths)
         odds_ratio, stats = odds_ratio_loss(chosen, rejected)
         nll = -chosen.mean()
         margins = self.beta * (chosen - rejected).detach()
@@ -59,7 +58,7 @@ class ORPO(OfflineAlgorithm):
             "loss/nll": nll.detach(),
             "loss/odds_ratio": odds_ratio.detach(),
             "orpo/log_odds_ratio": stats["log_odds_ratio"],
-            **pair_metrics(stats, *logprobs.chunk(2)),
+            **pair_metrics(stats, *inputs.sides(logprobs)),
         }
         return nll + self.beta * odds_ratio, metrics
 

@@ -1,6 +1,6 @@
 """What the algorithms of preference pairs share: pairs as tokens, their log-probabilities, their metrics."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,25 @@ from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference
 
 
+class PairBatch(NamedTuple):
+    """B pairs of completions, each completion once however many pairs it is in.
+
+    Attributes:
+        completions: the different ones, (C,).
+        chosen, rejected: (B,) which of them.
+    """
+
+    completions: CompletionBatch
+    chosen: Tensor
+    rejected: Tensor
+
+    def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(C,) values of completions -> (B,) of the chosen and (B,) of the rejected ones."""
+        return values[self.chosen], values[self.rejected]
+
+
 def collate_pairs(batch: Any, policy: Policy, max_length: int, what: str) -> MicroBatch:
-    """A batch of B pairs as 2 B completions, first all chosen ones, then all rejected ones. A term is a pair.
+    """A batch of pairs as a PairBatch. A term is a pair.
 
     Columns: ``chosen`` and ``rejected``, texts (or chats' answers, lists of one message), and ``prompt``, texts or
     chats. Without ``prompt`` whole texts are compared.
@@ -23,11 +40,23 @@ def collate_pairs(batch: Any, policy: Policy, max_length: int, what: str) -> Mic
         UserError: a side is missing or has no text, or both sides are the same text.
     """
     columns = read_columns(batch, ("chosen", "rejected"), what, optional=("prompt",))
-    chosen, rejected, prompts = columns["chosen"], columns["rejected"], columns.get("prompt")
-    sides = [tokenize_completions(prompts, columns[side], side, policy, max_length) for side in ("chosen", "rejected")]
-    require_different(chosen, rejected)
-    pairs = CompletionBatch.cat(sides)
-    return MicroBatch(pairs, terms=len(chosen), sequences=len(pairs), tokens=pairs.count)
+    prompts = columns.get("prompt")
+    places: dict[str, int] = {}  # of a prompt with a completion among the different ones
+    parts, chosen_rejected = [], []
+    for side in ("chosen", "rejected"):
+        new, rows = [], []
+        for number, text in enumerate(columns[side]):
+            key = repr((prompts and prompts[number], text))
+            if key not in places:
+                places[key] = len(places)
+                new.append(number)
+            rows.append(places[key])
+        if new:
+            parts.append(tokenize_completions(prompts, columns[side], side, policy, max_length, new))
+        chosen_rejected.append(torch.tensor(rows))
+    require_different(columns["chosen"], columns["rejected"])
+    pairs, count = PairBatch(CompletionBatch.cat(parts), *chosen_rejected), len(columns["chosen"])
+    return MicroBatch(pairs, terms=count, sequences=2 * count, tokens=pairs.completions.count)
 
 
 def require_different(chosen: list[Any], rejected: list[Any]) -> None:
@@ -42,11 +71,11 @@ def sequence_logprobs(model: Policy | Reference, batch: CompletionBatch) -> Tens
     return torch.where(batch.response_mask, model(*batch.tokens).logprobs, 0.0).sum(-1)
 
 
-def anchored_logprobs(policy: Policy, reference: Reference, pairs: CompletionBatch) -> tuple[Tensor, ...]:
+def anchored_logprobs(policy: Policy, reference: Reference, pairs: PairBatch) -> tuple[Tensor, ...]:
     """Log-probabilities (B,) of the chosen and the rejected completions: the policy's two, then the reference's two."""
     with torch.no_grad():
-        references = sequence_logprobs(reference, pairs)
-    return *sequence_logprobs(policy, pairs).chunk(2), *references.chunk(2)
+        references = sequence_logprobs(reference, pairs.completions)
+    return *pairs.sides(sequence_logprobs(policy, pairs.completions)), *pairs.sides(references)
 
 
 def pair_metrics(stats: dict[str, Tensor], chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

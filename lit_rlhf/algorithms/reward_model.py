@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lit_rlhf.algorithms.base import OptimizerFactory, SchedulerFactory
 from lit_rlhf.algorithms.offline import MicroBatch, OfflineAlgorithm
+from lit_rlhf.algorithms.pairs import require_different
 from lit_rlhf.batch import PreferenceBatch
 from lit_rlhf.checks import check_number
 from lit_rlhf.data.completions import number_column
@@ -22,6 +23,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import preference_loss
 from lit_rlhf.models.policy import disable_dropout
 from lit_rlhf.models.scorer import Scorer
+from lit_rlhf.rewards.text import Scope, check_scope, texts_to_score
 from lit_rlhf.rollout.philox import derive_seed
 
 _ROWS = 32  # texts in one forward pass
@@ -51,12 +53,15 @@ class RewardModel(OfflineAlgorithm):
       L = - mean (agreement * log sigmoid(d) + (1 - agreement) * log sigmoid(-d)).
     - ``text``, a list of str, and ``score`` (B,). Regression:  L = mean (r - score)^2.
 
-    Validation may use the other kind, so that regression is measured by its accuracy on pairs.
+    Where the batch has a column ``prompt``, a text is scored behind it, as ``ModelReward`` does in PPO. Validation may use
+    the other kind, so that regression is measured by its accuracy on pairs.
 
     Args:
         model_path: an encoder such as ``minilm``, a causal language model, or an earlier reward model; hub name, folder
             or short name. Without a head of one output it gets a new one, drawn from ``seed``.
         max_length: longer texts lose their end, in tokens.
+        on: ``text`` scores a text prompt together with what follows it, ``completion`` what follows alone; a chat
+            prompt is never part of the text. As ``reward.on`` of the reward that this model becomes.
         margin_coef: weight of ``margin`` (Touvron et al. 2023, arXiv:2307.09288, eq. 2); 0 ignores it.
         center_coef: adds ``center_coef * mean (r_chosen + r_rejected)^2``, which keeps scores around 0 (Eisenstein et
             al. 2023, arXiv:2312.09244, eq. 2); Bradley-Terry leaves their mean free.
@@ -74,6 +79,7 @@ class RewardModel(OfflineAlgorithm):
         *,
         model_path: str = "minilm",
         max_length: int = 128,
+        on: Scope = "text",
         margin_coef: float = 0.0,
         center_coef: float = 0.0,
         dropout: bool = False,
@@ -83,6 +89,7 @@ class RewardModel(OfflineAlgorithm):
         seed: int = 0,
     ) -> None:
         super().__init__(log_every_n_steps=log_every_n_steps, optimizer=optimizer, scheduler=scheduler, seed=seed)
+        self.on = check_scope(on, "algorithm.on")
         self.margin_coef = check_number("algorithm.margin_coef", margin_coef, at_least=0)
         self.center_coef = check_number("algorithm.center_coef", center_coef, at_least=0)
         with torch.random.fork_rng():
@@ -106,6 +113,7 @@ class RewardModel(OfflineAlgorithm):
         chosen, rejected = self._tokenize(batch, "chosen"), self._tokenize(batch, "rejected")
         if len(chosen) != len(rejected):
             raise UserError(f"a batch of pairs has {len(chosen)} chosen and {len(rejected)} rejected texts")
+        require_different(list(batch["chosen"]), list(batch["rejected"]))
         chosen_ids, chosen_mask = self.scorer.pad(chosen)
         rejected_ids, rejected_mask = self.scorer.pad(rejected)
         margin = number_column(batch, "margin", len(chosen)) if "margin" in batch else torch.zeros(len(chosen))
@@ -136,7 +144,12 @@ class RewardModel(OfflineAlgorithm):
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"sample {number} of the batch has no text in '{column}': {text!r}")
-        return self.scorer.tokenize(texts)
+        prompts = batch.get("prompt")
+        if prompts is None:
+            return self.scorer.tokenize(texts)
+        if len(prompts) != len(texts):
+            raise UserError(f"a batch has {len(prompts)} prompts for {len(texts)} texts in '{column}'")
+        return self.scorer.tokenize(texts_to_score(prompts, texts, self.on))
 
     def loss(self, inputs: JudgedPairs | RatedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         return self._regression(inputs) if isinstance(inputs, RatedBatch) else self._bradley_terry(inputs)

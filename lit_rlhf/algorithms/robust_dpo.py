@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.algorithms.offline import MicroBatch, OfflineAlgorithm
-from lit_rlhf.algorithms.pairs import anchored_logprobs, collate_pairs, pair_metrics
-from lit_rlhf.batch import CompletionBatch
+from lit_rlhf.algorithms.pairs import PairBatch, anchored_logprobs, collate_pairs, pair_metrics
 from lit_rlhf.checks import check_number
 from lit_rlhf.data.completions import check_max_length
 from lit_rlhf.functional import robust_dpo_loss
@@ -53,7 +52,7 @@ class RobustDPO(OfflineAlgorithm):
     def collate(self, batch: Any) -> MicroBatch:
         return collate_pairs(batch, self.policy, self.max_length, "robust DPO")
 
-    def loss(self, inputs: CompletionBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, inputs: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs = anchored_logprobs(self.policy, self.reference, inputs)
         loss, stats = robust_dpo_loss(*logprobs, self.beta, self.label_smoothing)
         return loss, pair_metrics(stats, *logprobs[:2])

@@ -131,18 +131,25 @@ def answer_text(completion: Any) -> Any:
 
 
 def tokenize_completions(
-    prompts: Sequence[Any] | None, texts: Sequence[Any], column: str, policy: Policy, max_length: int
+    prompts: Sequence[Any] | None,
+    texts: Sequence[Any],
+    column: str,
+    policy: Policy,
+    max_length: int,
+    rows: Sequence[int] | None = None,
 ) -> CompletionBatch:
     """Completions of prompts as tokens. Without prompts, a text's first token takes its place: nothing precedes it.
+
+    ``rows`` chooses some of the samples; None takes all.
 
     Raises:
         UserError: see ``encode``.
     """
     tokenizer = policy.tokenizer
     before, after = [], []
-    for number, text in enumerate(texts):
+    for number in range(len(texts)) if rows is None else rows:
         prompt = None if prompts is None else prompts[number]
-        ids, count = encode(number, prompt, text, column, tokenizer, max_length)
+        ids, count = encode(number, prompt, texts[number], column, tokenizer, max_length)
         tokens, start = torch.tensor(ids), max(count, 1)
         before.append(tokens[:start])
         after.append(tokens[start:])

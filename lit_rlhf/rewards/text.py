@@ -21,12 +21,12 @@ def texts_to_score(prompts: Sequence[Any], completions: Sequence[str], on: Scope
     return [p + c if isinstance(p, str) else c for p, c in zip(prompts, completions, strict=True)]
 
 
-def check_scope(on: str) -> Scope:
-    """``on`` if it is a scope.
+def check_scope(on: str, key: str = "reward.on") -> Scope:
+    """``on``, the value of the config key ``key``, if it is a scope.
 
     Raises:
         UserError: it is not.
     """
     if on not in ("text", "completion"):
-        raise UserError(f"reward.on={on!r}: choose 'text' (the prompt with its completion) or 'completion'")
+        raise UserError(f"{key}={on!r}: choose 'text' (the prompt with its completion) or 'completion'")
     return on

@@ -188,8 +188,19 @@ def test_a_chats_answer_may_be_a_message():
     sides = {side: [[{"role": "assistant", "content": text}]] for side, text in (("chosen", "yes"), ("rejected", "no"))}
     messages = algorithm.collate({"prompt": chat, **sides}).inputs
     texts = algorithm.collate({"prompt": ["<user>hi<bot>"], "chosen": ["yes"], "rejected": ["no"]}).inputs
-    assert torch.equal(messages.prompt_ids, texts.prompt_ids)
-    assert torch.equal(messages.response_ids, texts.response_ids)
+    assert torch.equal(messages.completions.prompt_ids, texts.completions.prompt_ids)
+    assert torch.equal(messages.completions.response_ids, texts.completions.response_ids)
+
+
+def test_a_completion_in_several_pairs_passes_the_model_once_and_changes_nothing():
+    algorithm, _ = make(DPO)
+    order = [" a", " good film", " dull"]
+    rows = [{"prompt": "so", "chosen": order[i], "rejected": order[j]} for i, j in ((0, 1), (0, 2), (1, 2), (2, 0))]
+    rows.append({"prompt": "other", "chosen": " a", "rejected": " dull"})  # the same texts, behind another prompt
+    micro = algorithm.collate(columns(rows))
+    assert len(micro.inputs.completions) == 5
+    alone = [float(algorithm.loss(algorithm.collate(columns([row])).inputs)[0]) for row in rows]
+    assert float(algorithm.loss(micro.inputs)[0]) == pytest.approx(sum(alone) / 5, rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
