@@ -81,6 +81,9 @@ _HOME = {
     "VerifierReward": "rewards",
     # data
     "ArithmeticPrompts": "data",
+    "ChatModel": "chat",
+    "ConstitutionalPreferences": "constitutional",
+    "ConstitutionalRevisions": "constitutional",
     "DatasetPrompts": "data",
     "HumanRatingsCompletions": "data",
     "HumanRatingsPairs": "data",

@@ -53,8 +53,8 @@ class RewardModel(OfflineAlgorithm):
       L = - mean (agreement * log sigmoid(d) + (1 - agreement) * log sigmoid(-d)).
     - ``text``, a list of str, and ``score`` (B,). Regression:  L = mean (r - score)^2.
 
-    Where the batch has a column ``prompt``, a text is scored behind it, as ``ModelReward`` does in PPO. Validation may use
-    the other kind, so that regression is measured by its accuracy on pairs.
+    Where the batch has a column ``prompt``, a text is scored behind it, as ``ModelReward`` does in PPO. Validation may
+    use the other kind, so that regression is measured by its accuracy on pairs.
 
     Args:
         model_path: an encoder such as ``minilm``, a causal language model, or an earlier reward model; hub name, folder

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from lit_rlhf.chat import Chat, require_chat
 from lit_rlhf.checks import check_int
 from lit_rlhf.data.base import PromptsData, Row
 from lit_rlhf.data.tokenize import split_rows
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.chat import Chat, require_chat
 from lit_rlhf.rewards.judge import quote
 from lit_rlhf.rollout.philox import derive_seed
 from lit_rlhf.run_folder import replace_file, whole_lines
