@@ -10,13 +10,14 @@ from ppo_runs import Watch, make
 from tiny import LORA, Prompts, letters, tiny_policy
 from torch.utils.data import DataLoader
 
-from lit_rlhf.algorithms import SFT, RewardModel
+from lit_rlhf.algorithms import DPO, DQN, GRPO, SFT, TRPO, OnlineDPO, RewardModel
 from lit_rlhf.clip import AdaptiveKLPenalty
 from lit_rlhf.distributed import FSDP2Strategy, rank, whole
 from lit_rlhf.errors import UserError
 from lit_rlhf.kl import AdaptiveKL
 from lit_rlhf.models.critic import SeparateCritic
 from lit_rlhf.rewards.shaping import ScoreShaper
+from lit_rlhf.rollout.sampler import Sampler
 
 TEXTS = ["hello there", "a b c", "the fox", "xyz", "zebra", "one two three", "q", "lorem ipsum", "last"]
 
@@ -46,10 +47,24 @@ class Texts(L.LightningDataModule):
         return DataLoader([{"text": text} for text in TEXTS[:5]], batch_size=2)
 
 
+class Rewarded(L.LightningDataModule):
+    def train_dataloader(self):
+        rows = [{"completion": text, "reward": float(len(text) % 3)} for text in TEXTS]
+        return DataLoader(rows, batch_size=3, shuffle=True)
+
+
 class Pairs(L.LightningDataModule):
     def train_dataloader(self):
         rows = [{"chosen": good, "rejected": bad} for good, bad in zip(TEXTS[1:], TEXTS[:-1], strict=True)]
         return DataLoader(rows, batch_size=4, shuffle=True)
+
+
+def group(algorithm, **changes):
+    settings = {
+        "policy": tiny_policy(), "reward": letters, "sampler": Sampler(max_new_tokens=5), "rollout_batch_size": 8,
+        "group_size": 4, "minibatch_size": 4, "optimizer": momentum, "seed": 3,
+    }  # fmt: skip
+    return algorithm(**{**settings, **changes})
 
 
 #: name -> (algorithm, datamodule, settings of the trainer)
@@ -58,6 +73,11 @@ RUNS = {
     "lora": (lambda _: ppo(LORA), Prompts, {}),
     "separate": (lambda _: ppo(critic=SeparateCritic, clip=AdaptiveKLPenalty()), Prompts, {}),
     "stopped": (lambda _: ppo(target_kl=1e-4), Prompts, {}),
+    "grpo": (lambda _: group(GRPO), Prompts, {}),
+    "online_dpo": (lambda _: group(OnlineDPO), Prompts, {}),
+    "trpo": (lambda _: group(TRPO), Prompts, {"max_epochs": 1}),
+    "dpo": (lambda _: DPO(policy=tiny_policy(), optimizer=momentum, log_every_n_steps=1), Pairs, {}),
+    "dqn": (lambda _: DQN(policy=tiny_policy(), optimizer=momentum, log_every_n_steps=1), Rewarded, {}),
     "sft": (
         lambda _: SFT(policy=tiny_policy(), optimizer=momentum, log_every_n_steps=1),
         Texts,
@@ -69,6 +89,8 @@ RUNS = {
         {},
     ),
 }  # fmt: skip
+
+SHARDED = [name for name in RUNS if name not in ("trpo", "dqn")]
 
 
 def run(folder, name, *, model=None, strategy="auto", devices=1, saved=None, ckpt_path=None, every=None, **settings):
@@ -100,7 +122,7 @@ def run_all(folder, model):
     """Everything that two processes do in the tests: starting them takes longer than the runs."""
     for kind, strategy in (("ddp", lambda: "ddp"), ("fsdp2", FSDP2Strategy)):
         two = {"model": model, "devices": 2}
-        for name in RUNS:
+        for name in RUNS if kind == "ddp" else SHARDED:
             every = 3 if name == "full" else None
             run(folder, name, strategy=strategy(), saved=f"{kind}_{name}", every=every, **two)
         checkpoint = folder / f"{kind}_full_checkpoints" / "step=9.ckpt"  # within the third iteration

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from lit_rlhf.algorithms import TRPO
 from lit_rlhf.distributed import processes_to_start, run_in_processes, share, split_batch
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline import compose_stage
@@ -45,8 +46,9 @@ def texts(run):
     return [(row["iteration"], row["split"], row["prompt"], row["completion"]) for row in run["samples"]]
 
 
-@pytest.mark.parametrize("name", processes.RUNS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "name"), [("ddp", name) for name in processes.RUNS] + [("fsdp2", name) for name in processes.SHARDED]
+)
 class TestTwoProcesses:
     def test_agree_on_weights_rows_and_samples_to_the_bit(self, folder, kind, name):
         first, second = (result(folder, f"{kind}_{name}", rank) for rank in (0, 1))
@@ -169,6 +171,11 @@ def test_two_nodes_run_the_same_command_under_torchrun(tmp_path):
     (summary,) = tmp_path.rglob("summary.json")
     assert read_summary(summary.parent)["status"] == "completed"
     assert (summary.parent / "model" / "model.safetensors").exists()
+
+
+def test_what_cannot_be_sharded_says_so():
+    with pytest.raises(UserError, match="TRPO cannot be sharded; trainer=ddp"):
+        processes.group(TRPO).shard(mesh=None)
 
 
 class TestShares:

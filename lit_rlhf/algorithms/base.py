@@ -8,14 +8,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
-from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, whole, world_size
+from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, shard, whole, world_size
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.reference import Reference
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[..., torch.optim.lr_scheduler.LRScheduler]
@@ -97,6 +99,12 @@ class Algorithm(L.LightningModule):
     """
 
     online: bool
+    #: Whether FSDP2 can shard its models.
+    shardable = True
+    #: Whether weights that train get no gradient from the loss.
+    leaves_weights_out = False
+    #: The policy that the run starts from, where it is compared with.
+    reference: Reference | None = None
 
     def __init__(
         self,
@@ -201,6 +209,8 @@ class Algorithm(L.LightningModule):
     def setup(self, stage: str) -> None:  # noqa: ARG002  (Lightning's signature)
         # Every process sees all prompts and batches and takes its share of their rows itself.
         self.trainer._accelerator_connector.use_distributed_sampler = False
+        if self.leaves_weights_out and isinstance(self.trainer.strategy, DDPStrategy):
+            self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # else it waits for their gradients
 
     def configure_model(self) -> None:
         """Shards the models that train where the strategy is FSDP2."""
@@ -211,8 +221,18 @@ class Algorithm(L.LightningModule):
             raise UserError(f"trainer.strategy is {type(strategy).__name__}; sharded training is trainer=fsdp2")
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Shards every module that trains over the processes of ``mesh``."""
-        raise NotImplementedError
+        """Shards every model of the algorithm, its reference too, over the processes of ``mesh``."""
+        if not self.shardable:
+            raise UserError(f"{type(self).__name__} cannot be sharded; trainer=ddp trains it in several processes")
+        for module in self.children():
+            module.shard(mesh, self.decode_dtype) if isinstance(module, Policy) else shard(module, mesh)
+        if self.reference is not None:
+            self.reference.shard(mesh)
+
+    @property
+    def decode_dtype(self) -> torch.dtype:
+        """Of the weights that complete prompts."""
+        return torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else torch.float32
 
     def run_validation(self) -> None:
         """Runs the validation loop from within the fit, where the fit loop itself does not."""

@@ -44,6 +44,9 @@ class DQN(OfflineAlgorithm):
         UserError: a value out of its range; a batch without these columns, or a reward that is no number.
     """
 
+    shardable = False  # its targets follow outside the graph
+    leaves_weights_out = True  # the language-model head's
+
     def __init__(
         self,
         *,

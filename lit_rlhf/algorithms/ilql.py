@@ -53,6 +53,8 @@ class ILQL(OfflineAlgorithm):
         UserError: a value out of its range; a batch without these columns, or a reward that is no number.
     """
 
+    shardable = False  # its targets follow outside the graph
+
     def __init__(
         self,
         *,

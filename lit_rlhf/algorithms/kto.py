@@ -16,6 +16,7 @@ from lit_rlhf.algorithms.pairs import require_different, sequence_logprobs
 from lit_rlhf.batch import CompletionBatch
 from lit_rlhf.checks import check_number
 from lit_rlhf.data.completions import bool_column, check_max_length, read_columns, tokenize_completions
+from lit_rlhf.distributed import gather
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import kto_loss
 from lit_rlhf.models.policy import Policy
@@ -35,7 +36,8 @@ class KTO(OfflineAlgorithm):
     With a completion's log-ratio l of policy to reference: L = mean w (1 - sigmoid(beta (l - z))) for the desirable
     ones, w (1 - sigmoid(beta (z - l))) for the undesirable ones. The reference point z = max(0, mean of the log-ratios
     of each prompt with the completion of the row before it) estimates KL(policy || reference) from the forward pass's
-    own batch, a micro-batch; no gradient flows into it. A batch of a single row, such as an epoch's last, has z = 0.
+    own batch, a micro-batch, in all processes; no gradient flows into it. A batch of a single row, such as an epoch's
+    last, has z = 0.
 
     Batches are dicts of columns: ``prompt`` (may be missing), ``completion`` and ``label``, true where the completion
     is desirable; or pairs, ``chosen`` and ``rejected``, which are taken apart. The reference is the policy that the run
@@ -106,10 +108,11 @@ class KTO(OfflineAlgorithm):
         return loss, metrics
 
     def _reference_point(self, mismatched: CompletionBatch) -> Tensor:
-        if len(mismatched) == 1:
-            return torch.zeros((), device=mismatched.response_ids.device)
+        """z, over the shares of all processes; a row alone, which would be paired with itself, counts as 0."""
         ratios = sequence_logprobs(self.policy, mismatched) - sequence_logprobs(self.reference, mismatched)
-        return ratios.mean().clamp(min=0)
+        total = float(ratios.sum()) if len(mismatched) > 1 else 0.0
+        sums, counts = zip(*gather((total, len(mismatched))), strict=True)
+        return ratios.new_tensor(sum(sums) / sum(counts)).clamp(min=0)
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         if "kto/desirable" not in means:

@@ -13,7 +13,7 @@ from lit_rlhf.data.passes import END_OF_PASS, SeededPasses
 from lit_rlhf.distributed import rank, split_batch, world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy, disable_dropout
-from lit_rlhf.models.reference import Reference, make_reference, require_same_reference
+from lit_rlhf.models.reference import make_reference, require_same_reference
 from lit_rlhf.rollout.philox import derive_seed
 
 
@@ -158,7 +158,6 @@ class OfflineAlgorithm(Algorithm):
         self.rate = 0.0  # learning rate of the newest step
         self.awaits_validation = False  # the newest step's validation is still to come
         self.validation: dict[str, MeanMetric] = {}
-        self.reference: Reference | None = None  # of algorithms that compare the policy with it
         self.reference_id: str | None = None
 
     def anchor(self, policy: Policy) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from lit_rlhf.algorithms.base import Algorithm, RunningMean, require_plain
 from lit_rlhf.algorithms.judged import (
@@ -26,7 +25,7 @@ from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.clip import Clip
 from lit_rlhf.data.passes import SeededPasses
 from lit_rlhf.data.tokenize import PromptRows, Row, split_rows, tokenize_prompts
-from lit_rlhf.distributed import gather, rank, shard, share, world_size
+from lit_rlhf.distributed import gather, rank, share, world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import full_kl, kl_estimate, masked_mean, ratio_stats
 from lit_rlhf.functional.masked import zero_masked
@@ -240,7 +239,7 @@ class OnlineAlgorithm(Algorithm):
 
     def rollout(self, prompts: PromptBatch, seed: int) -> Rollout:
         """Stage 1, on the policy's device; the result is on the CPU."""
-        model = self.policy.decoder(self._decode_dtype)
+        model = self.policy.decoder(self.decode_dtype)
         training = model.training
         model.eval()  # in train mode gradient checkpointing would switch the KV cache off
         with torch.autocast(self.device.type, enabled=False):
@@ -286,10 +285,6 @@ class OnlineAlgorithm(Algorithm):
     def kl_in_reward(self) -> bool:
         """Whether the rewards pay for the KL to the reference."""
         return not self.kl.in_loss
-
-    @property
-    def _decode_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else torch.float32
 
     @property
     def temperature(self) -> float:
@@ -482,12 +477,6 @@ class OnlineAlgorithm(Algorithm):
             self.sampler.require_training()
             self.policy.train()  # without dropout that only lets gradient checkpointing work
             self.take_over_loader()
-
-    def shard(self, mesh: DeviceMesh) -> None:
-        self.policy.shard(mesh, self._decode_dtype)
-        self.reference.shard(mesh)
-        if self.critic is not None:
-            shard(self.critic, mesh)
 
     def train_dataloader(self) -> RolloutLoader:
         if self.loader is not None and self._loader_state is None:

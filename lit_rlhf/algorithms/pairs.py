@@ -56,7 +56,9 @@ def collate_pairs(batch: Any, policy: Policy, max_length: int, what: str) -> Mic
         chosen_rejected.append(torch.tensor(rows))
     require_different(columns["chosen"], columns["rejected"])
     pairs, count = PairBatch(CompletionBatch.cat(parts), *chosen_rejected), len(columns["chosen"])
-    return MicroBatch(pairs, terms=count, sequences=2 * count, tokens=pairs.completions.count)
+    each = pairs.completions.prompt_mask.sum(-1) + pairs.completions.response_mask.sum(-1)
+    tokens = int(sum(side.sum() for side in pairs.sides(each)))  # as read, however often a completion occurs
+    return MicroBatch(pairs, terms=count, sequences=2 * count, tokens=tokens)
 
 
 def require_different(chosen: list[Any], rejected: list[Any]) -> None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from lit_rlhf.algorithms.base import OptimizerFactory, SchedulerFactory
@@ -18,7 +17,6 @@ from lit_rlhf.algorithms.pairs import require_different
 from lit_rlhf.batch import PreferenceBatch
 from lit_rlhf.checks import check_number
 from lit_rlhf.data.completions import number_column
-from lit_rlhf.distributed import shard
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import preference_loss
 from lit_rlhf.models.policy import disable_dropout
@@ -181,9 +179,6 @@ class RewardModel(OfflineAlgorithm):
             longest = int(lengths[rows[-1]])
             parts.append(self.scorer(ids[rows, :longest], mask[rows, :longest])[:, 0])
         return torch.cat(parts)[order.argsort()]
-
-    def shard(self, mesh: DeviceMesh) -> None:
-        shard(self.scorer, mesh)
 
     def export(self, folder: Path) -> None:
         """Writes the reward model in Hugging Face's format: ``AutoModelForSequenceClassification`` loads it.

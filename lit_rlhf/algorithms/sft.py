@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -102,9 +101,6 @@ class SFT(OfflineAlgorithm):
             return self.policy.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         finally:
             hook.remove()
-
-    def shard(self, mesh: DeviceMesh) -> None:
-        self.policy.shard(mesh, torch.float32)
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         if "loss/total" not in means:

@@ -56,6 +56,9 @@ class TRPO(OnlineAlgorithm):
         UserError: a number is out of its range, or the KL to the reference in the loss.
     """
 
+    shardable = False  # its products with the Fisher matrix differentiate twice
+    leaves_weights_out = True
+
     def __init__(
         self,
         *,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lit_rlhf.distributed import rank
 from lit_rlhf.errors import UserError
 
 HEADS_FILE, GUIDANCE_FILE = "q_heads.safetensors", "guidance.json"
@@ -123,7 +124,12 @@ class GuidedModel(nn.Module):
 
 
 def save_guidance(folder: Path, heads: nn.ModuleList, *, beta: float, prior: float) -> None:
-    """Writes Q heads and how they guide into the folder of a language model; ``Policy.from_pretrained`` reads them."""
+    """Writes Q heads and how they guide into the folder of a language model, in the first process.
+
+    ``Policy.from_pretrained`` reads them.
+    """
+    if rank() != 0:
+        return
     save_file(heads.state_dict(), folder / HEADS_FILE)
     guidance = {"beta": beta, "prior": prior, "heads": len(heads)}
     (folder / GUIDANCE_FILE).write_text(json.dumps(guidance, indent=2) + "\n")
