@@ -385,3 +385,21 @@ def test_trpos_step_does_not_depend_on_the_rows_of_a_forward_pass(trainer):
         return torch.cat([p.flatten() for p in policy.parameters()])
 
     torch.testing.assert_close(step(8), step(2), atol=1e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("choices", "column"),
+    [
+        (["experiment=ppo2"], "value/clipfrac"),
+        (["experiment=ppo_kl_penalty"], "policy/update_kl"),
+        (["algorithm=reinforce", "baseline=value", "baseline.critic.gain=1.0", "baseline.coef=0.5"], "loss/value"),
+    ],
+)
+def test_named_variants_run_from_their_configs(choices, column, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lit_rlhf.report.build_report", lambda folder: None)
+    settings = [s for s in TINY if "ppo_epochs" not in s]
+    result = run_here("train", *choices, *settings, "reward=length", "paths.output_dir=run")
+    assert result.code == 0, result.err
+    with open("run/metrics.csv", newline="") as file:
+        assert list(csv.DictReader(file))[-1][column] != ""
