@@ -1,4 +1,4 @@
-"""A2C, the synchronous advantage actor-critic (Mnih et al. 2016, arXiv:1602.01783, section 4 and supplement S3).
+"""A2C, the synchronous advantage actor-critic (Mnih et al. 2016, arXiv:1602.01783, section 4).
 
 Against PPO it drops the ratio, the clipping and the passes: PPO with one pass, one minibatch and no clipping has the
 same gradient (Huang et al. 2022, arXiv:2205.09123).

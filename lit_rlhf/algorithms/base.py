@@ -145,6 +145,7 @@ class Algorithm(L.LightningModule):
         raise NotImplementedError
 
     def optimized_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser moves: all that trains, unless the algorithm moves some of it by itself."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> dict[str, Any]:

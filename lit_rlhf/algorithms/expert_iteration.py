@@ -19,7 +19,7 @@ from lit_rlhf.models.policy import PolicyOutput
 class ExpertIteration(OnlineAlgorithm):
     """Expert iteration: maximises the log-likelihood of the completions whose reward is at least ``threshold``.
 
-    That is the M-step of ReST-EM (eq. 4) with the reward 1[r >= threshold], from the policy of the last iteration
+    That is the M-step of ReST-EM with the reward 1[r >= threshold], from the policy of the last iteration
     instead of the first one. On the first pass it is REINFORCE with that reward and no baseline.
 
     Args:

@@ -1,5 +1,4 @@
-"""REINFORCE, the vanilla policy gradient (Williams 1992, Machine Learning 8, eq. 11; for language models also
-Ahmadian et al. 2024, arXiv:2402.14740, eq. 4).
+"""REINFORCE, the vanilla policy gradient (Williams 1992, Machine Learning 8, theorem 1).
 
 Against PPO it drops the ratio, the clipping and the passes: every completion is learned from once, soon after it was
 sampled. What is subtracted from the return is a part of its own: nothing, the batch's mean, or a learned value.
