@@ -11,7 +11,9 @@ is measured by, unless that is the KL-regularised optimum: best-of-n's closed fo
 """
 
 import argparse
+import functools
 import logging
+import math
 import statistics
 import time
 import warnings
@@ -22,12 +24,16 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lit_rlhf.algorithms import (
     A2C,
     DAPO,
+    DPO,
+    DQN,
     GRPO,
     GSPO,
+    ILQL,
     PPO,
     RAFT,
     RLOO,
@@ -38,11 +44,16 @@ from lit_rlhf.algorithms import (
     Reinforce,
     ReinforcePP,
 )
+from lit_rlhf.algorithms.offline import MicroBatch, OfflineAlgorithm
 from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.algorithms.pairs import PairBatch
+from lit_rlhf.algorithms.rewarded import RewardedBatch
 from lit_rlhf.baseline import NoBaseline, ValueBaseline
+from lit_rlhf.batch import CompletionBatch
 from lit_rlhf.clip import AdaptiveKLPenalty, SymmetricClip
 from lit_rlhf.exact import ExactProblem, letters_policy, table_reward
 from lit_rlhf.kl import FixedKL, NoKL
+from lit_rlhf.models.guided import GuidedModel
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rollout.sampler import Sampler
@@ -143,6 +154,132 @@ def of_the_right(problem: ExactProblem) -> Tensor:
     return torch.where(problem.scores >= RIGHT, problem.reference, -torch.inf).log_softmax(-1)
 
 
+# ---- offline --------------------------------------------------------------------------------------------------------
+
+
+def rows_as_tokens(problem: ExactProblem, rows: Tensor) -> CompletionBatch:
+    """Completions by their number among all of the problem's: as tokens, for a text would get an end of sequence."""
+    chosen = problem.rollout[rows]
+    return CompletionBatch(
+        prompt_ids=chosen.prompt_ids, prompt_mask=chosen.prompt_mask, response_ids=chosen.response_ids,
+        response_mask=chosen.response_mask,
+    )  # fmt: skip
+
+
+def drawn_pairs(problem: ExactProblem, count: int, seed: int) -> Tensor:
+    """(count, 2) numbers of completions: two draws of the reference for a prompt, the preferred one first.
+
+    P(chosen) = sigmoid(r(chosen) - r(rejected)), Bradley-Terry, as in ``ExactProblem.preferences``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(problem.shape[0], (count,), generator=generator)
+    pairs = torch.multinomial(problem.reference.exp()[prompts], 2, generator=generator)
+    one, other = problem.scores[prompts].gather(1, pairs).unbind(-1)
+    lost = torch.rand(count, generator=generator) > torch.sigmoid(one - other)
+    return torch.where(lost.unsqueeze(1), pairs.flip(1), pairs) + prompts.unsqueeze(1) * problem.shape[1]
+
+
+def dpo(*, pairs: int, batch_size: int, epochs: int, lr: float) -> Solver:
+    """DPO on preferences drawn from the reward: at the problem's beta its optimum is p*."""
+
+    def run(world: World, seed: int) -> Policy:
+        drawn = drawn_pairs(world.problem, pairs, seed)
+        module = DPO(policy=world.policy, beta=BETA, seed=seed, **decaying(lr))
+
+        def collate(numbers: Tensor) -> MicroBatch:
+            rows, places = drawn[numbers].unique(return_inverse=True)
+            completions = rows_as_tokens(world.problem, rows)
+            return MicroBatch(
+                PairBatch(completions, *places.unbind(-1)), len(numbers), 2 * len(numbers), completions.count
+            )
+
+        module.collate = collate
+        fit(module, numbered(pairs, batch_size), max_epochs=epochs)
+        return world.policy
+
+    return Solver(run)
+
+
+def numbered(count: int, batch_size: int) -> DataLoader:
+    return DataLoader(range(count), batch_size=batch_size, shuffle=True, collate_fn=torch.tensor)
+
+
+GUIDE = 1.0  # beta of ILQL's decoding
+EXPECTILE = 0.7
+
+
+def expectile_of(values: Tensor, logprobs: Tensor) -> Tensor:
+    """The expectile of a distribution over values: v with tau E[(q - v)+] = (1 - tau) E[(v - q)+], by bisection."""
+    low, high = values.min(), values.max()
+    for _ in range(60):
+        middle = (low + high) / 2
+        over = (logprobs.exp() * torch.where(values > middle, EXPECTILE, EXPECTILE - 1) * (values - middle).abs()).sum()
+        low, high = (middle, high) if over > 0 else (low, middle)
+    return low
+
+
+Value = Callable[[Tensor, Tensor], Tensor]  # see ``ExactProblem.action_values``
+
+
+def guided_optimum(problem: ExactProblem, weight: float, prior: float, value: Value) -> Tensor:
+    """(X, Y) log-probabilities of decoding by softmax(prior * log ref + weight * Q), Q by dynamic programming."""
+    table = []
+    for prompt, tree in enumerate(problem.action_values(value)):
+        mass: dict[tuple[int, ...], float] = {}
+        for completion, logprob in zip(problem.completions, problem.reference[prompt].tolist(), strict=True):
+            for length in range(len(completion) + 1):
+                prefix = completion[:length]
+                mass[prefix] = mass.get(prefix, 0.0) + math.exp(logprob)
+        steps = {}
+        for prefix, q_values in tree.items():
+            conditional = torch.tensor([mass[(*prefix, token)] for token in range(len(q_values))]).double().log()
+            steps[prefix] = (prior * conditional + weight * q_values).log_softmax(-1)
+        table.append([
+            sum(float(steps[completion[:t]][completion[t]]) for t in range(len(completion)))
+            for completion in problem.completions
+        ])  # fmt: skip
+    return torch.tensor(table).double()
+
+
+def q_learning(
+    make: Callable[..., OfflineAlgorithm], *, value: Value, weight: float, prior: float, completions: int,
+    batch_size: int, epochs: int, lr: float, bound: float,
+) -> Solver:  # fmt: skip
+    """Q-learning on completions of the reference with their rewards, against decoding by the exact Q.
+
+    The regret is KL(exact decoding || decoding) as a share of KL(exact decoding || reference).
+    """
+
+    def run(world: World, seed: int) -> Tensor:
+        problem, generator = world.problem, torch.Generator().manual_seed(seed)
+        module = make(policy=world.policy, seed=seed, **decaying(lr))
+        drawn = torch.multinomial((problem.reference.exp() / problem.shape[0]).flatten(), completions, replacement=True,
+                                  generator=generator)  # fmt: skip
+
+        def collate(numbers: Tensor) -> MicroBatch:
+            rows = drawn[numbers]
+            batch = RewardedBatch(rows_as_tokens(problem, rows), problem.scores.flatten()[rows].float())
+            tokens = batch.completions
+            return MicroBatch(batch, int(tokens.response_mask.sum()), len(rows), tokens.count)
+
+        module.collate = collate
+        fit(module, numbered(completions, batch_size), max_epochs=epochs)
+        heads = module.q_heads.targets
+        guided = GuidedModel(world.policy.model, heads, beta=weight, prior=prior)
+        with torch.no_grad():
+            return problem.logprobs(Policy(model=guided, tokenizer=world.policy.tokenizer))
+
+    def target(problem: ExactProblem) -> Tensor:
+        return guided_optimum(problem, weight, prior, value)
+
+    def regret(problem: ExactProblem, logprobs: Tensor) -> float:
+        best = target(problem)
+        apart, at_first = ((best.exp() * (best - x)).sum() for x in (logprobs, problem.reference))
+        return float(apart / at_first)
+
+    return Solver(run, target=target, regret=regret, bound=bound)
+
+
 # With a bound on the ratio, four steps an iteration; without one they have to be on-policy, one each.
 BOUNDED = {"iterations": 100, "lr": 5e-3, "rollout_batch_size": 512, "minibatch_size": 128}
 ON_POLICY = {"iterations": 250, "lr": 5e-3, "rollout_batch_size": 256, "minibatch_size": 256}
@@ -167,6 +304,15 @@ SOLVERS: dict[str, Solver] = {
     ),
     "expert iteration": imitation(
         ExpertIteration, of_the_right, rollout_batch_size=16384, threshold=RIGHT, epochs=10
+    ),
+    "dpo": dpo(pairs=800_000, batch_size=4096, epochs=4, lr=5e-3),
+    "ilql": q_learning(
+        functools.partial(ILQL, expectile=EXPECTILE, gamma=1.0, cql_coef=0.0, beta=GUIDE, polyak=0.1),
+        value=expectile_of, weight=GUIDE, prior=1.0, completions=400_000, batch_size=512, epochs=1, lr=3e-3, bound=0.1,
+    ),
+    "dqn": q_learning(
+        functools.partial(DQN, gamma=1.0, temperature=1.0, polyak=0.1), value=lambda values, _: values.max(),
+        weight=1.0, prior=0.0, completions=400_000, batch_size=512, epochs=1, lr=3e-3, bound=0.1,
     ),
 }  # fmt: skip
 
