@@ -10,7 +10,8 @@ from pathlib import Path
 from lit_rlhf.config import plain_command
 from lit_rlhf.errors import UserError
 from lit_rlhf.report_charts import png
-from lit_rlhf.report_comparison import build_comparison, common_folder, is_multirun
+from lit_rlhf.report_comparison import build_comparison, common_folder
+from lit_rlhf.report_comparison_data import is_multirun
 from lit_rlhf.report_section import STAGES, definition, is_run, load_runs, main_panels, make_section
 from lit_rlhf.report_text import render
 from lit_rlhf.run_folder import replace_file

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_rlhf.config import flatten
+from lit_rlhf.report_comparison_charts import Look
 from lit_rlhf.report_section import Run
 
 #: Parts of a configuration that change nothing in what is learnt.
@@ -39,7 +40,7 @@ class Setting:
     values: dict[str, str]
     label: str
     members: list[Member] = field(default_factory=list)
-    colour: str = ""
+    look: Look = field(default_factory=lambda: Look(colour="#7d8894"))
 
     @property
     def brief(self) -> str:

@@ -8,18 +8,30 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 MINUS = "\N{MINUS SIGN}"
 
 
-def number(value: float | None) -> str:
-    """Three significant digits, with a real minus sign.
+def decimals(value: float) -> int:
+    """How many decimals three significant digits of a value have; none of an integer.
+
+    >>> [decimals(value) for value in (0.123, 1.23, 12.3, 123.4, 8)]
+    [3, 2, 1, 0, 0]
+    """
+    size = abs(value)
+    if not math.isfinite(value) or value == int(value) or size >= 100:
+        return 0
+    return 1 if size >= 10 else 2 if size >= 1 else 3
+
+
+def number(value: float | None, digits: int | None = None) -> str:
+    """Three significant digits, or so many decimals, with a real minus sign.
 
     >>> number(-0.12345), number(18.213), number(1234.5), number(3e-5), number(0)
     ('\u22120.123', '18.2', '1,234', '3e-05', '0')
+    >>> number(8, 2), number(10.24, 2)
+    ('8.00', '10.24')
     """
     if value is None or not math.isfinite(value):
         return "—" if value is None else str(value)
     if value == 0 or 0.001 <= abs(value) < 1e6:
-        size = abs(value)
-        digits = 0 if value == int(value) or size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
-        text = f"{value:,.{digits}f}"
+        text = f"{value:,.{decimals(value) if digits is None else digits}f}"
     else:
         text = f"{value:.3g}"
     return text.replace("-", MINUS, 1) if value < 0 else text

@@ -7,18 +7,9 @@ import wandb
 from omegaconf import OmegaConf
 
 from lit_rlhf.loggers.wandb import WandbLogger, latest_run
-from lit_rlhf.report_comparison import (
-    PICTURES,
-    REPORT,
-    Comparison,
-    band,
-    compare,
-    evaluations,
-    is_reward,
-    samples,
-    table,
-    x_axis,
-)
+from lit_rlhf.report_comparison import PICTURES
+from lit_rlhf.report_comparison_data import Comparison, band, compare, evaluations, is_reward, samples, x_axis
+from lit_rlhf.report_comparison_table import REPORT, columns, table
 from lit_rlhf.run_folder import finite
 
 
@@ -78,15 +69,20 @@ def panels(comparison: Comparison, folder: Path) -> dict[str, Any]:
 
 
 def _results(comparison: Comparison, folder: Path) -> wandb.Table:
-    columns = ["setting", *comparison.keys, "runs"]
-    columns += [f"{metric}{part}" for metric in comparison.titles for part in ("", " lowest", " highest")]
+    heads = ["setting", *comparison.keys, "runs"]
+    # What the page sets in bold is true in a column of its own.
+    parts = [("", "mean"), (" lowest", "low"), (" highest", "high"), (" marked", "marked")]
+    shown = [[part for part in parts if part[1] != "marked" or column.marked] for column in columns(comparison)]
+    for column, kinds in zip(columns(comparison), shown, strict=True):
+        heads += [f"{column.name}{end}" for end, _ in kinds]
     data = []
-    for row in table(comparison.settings, comparison.titles, folder):
+    for row in table(comparison, folder):
         one = row["setting"]
         states = ", ".join(f"{state['name']}: {state['state']}" for state in row["states"])
-        values = [finite(cell[part]) for cell in row["values"] for part in ("mean", "low", "high")]
+        cells = zip(row["values"], shown, strict=True)
+        values = [finite(cell[part]) for cell, kinds in cells for _, part in kinds]
         data.append([one.number, *(one.values.get(key) for key in comparison.keys), states, *values])
-    return wandb.Table(columns, data)
+    return wandb.Table(heads, data)
 
 
 def _evaluations(comparison: Comparison, metric: str) -> wandb.Table:
@@ -105,7 +101,7 @@ def _bands(comparison: Comparison) -> wandb.Table:
     for one in comparison.settings:
         chosen = [one.values.get(key) for key in comparison.keys]
         for metric in comparison.titles:
-            if found := band(one.runs, metric, axis, one.colour):
+            if found := band(one.runs, metric, axis, one.look):
                 places = zip(found.x, found.mean, found.low, found.high, strict=True)
                 data += [[one.number, *chosen, metric, *map(finite, place)] for place in places]
     return wandb.Table(["setting", *comparison.keys, "metric", axis, "mean", "lowest", "highest"], data)
@@ -114,7 +110,7 @@ def _bands(comparison: Comparison) -> wandb.Table:
 def _curves(comparison: Comparison, metric: str) -> list[tuple[str, list[float], list[float]]]:
     """Of every setting its label and its curve, the mean over the seeds."""
     axis = x_axis(comparison.settings)
-    found = [(one, band(one.runs, metric, axis, one.colour)) for one in comparison.settings]
+    found = [(one, band(one.runs, metric, axis, one.look)) for one in comparison.settings]
     return [(f"{one.number}  {one.label}", list(line.x), list(line.mean)) for one, line in found if line is not None]
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import re
 
 import pytest
 import yaml
@@ -12,8 +13,12 @@ from PIL import Image
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.report import build_report
-from lit_rlhf.report_comparison import band, build_comparison, collect, evaluations, frontier, last
+from lit_rlhf.report_comparison import build_comparison
+from lit_rlhf.report_comparison_charts import MANY, Look, looks
+from lit_rlhf.report_comparison_data import band, collect, compare, evaluations, frontier, last
+from lit_rlhf.report_comparison_table import columns, own_penalties, table
 from lit_rlhf.report_settings import group
+from lit_rlhf.report_wandb import panels
 from lit_rlhf.run_folder import write_summary
 from tests.run_folders import HOSTILE, PPO_CONFIG, write_offline, write_ppo, write_samples
 from tests.test_report import Page
@@ -142,10 +147,16 @@ def test_evaluations_are_those_of_validation(tmp_path):
     assert last(member.run, "objective/kl") == 20
 
 
-def test_without_validation_the_end_of_training_is_the_evaluation(tmp_path):
-    (member,) = collect([write_run(tmp_path / "a", points((1, 0.1), (2, 0.2)))])
-    assert evaluations(member.run, "objective/scores") == ([(2, 0.2)], False)
+def test_without_validation_every_iteration_of_training_is_an_evaluation(tmp_path):
+    (member,) = collect([write_run(tmp_path / "a", points((1, 0.1), (math.nan, 0.3), (2, 0.2)))])
+    assert evaluations(member.run, "objective/scores") == ([(1, 0.1), (2, 0.2)], False)
     assert evaluations(member.run, "gold/vader") == ([], False)
+
+
+def test_of_a_long_training_evenly_spread_iterations_are_evaluations(tmp_path):
+    (member,) = collect([write_run(tmp_path / "a", points(*((kl, 0.5) for kl in range(1001))))])
+    found, _ = evaluations(member.run, "objective/scores")
+    assert [kl for kl, _ in found] == list(range(10, 1001, 11))  # 91 of 1,001, the last among them
 
 
 def test_the_frontier_is_what_no_other_point_beats_with_as_little_kl():
@@ -162,27 +173,138 @@ def test_a_band_is_the_mean_of_the_seeds_between_their_lowest_and_highest(tmp_pa
         write_run(tmp_path / "2", points((0, 2.0), (0, 9.0)), seed=2),
     ]
     _, (setting,) = group(collect(seeds))
-    found = band(setting.runs, "objective/scores", "episode", "#000000")
+    found = band(setting.runs, "objective/scores", "episode", Look(colour="#000000"))
     assert list(found.x) == [8, 16, 24]
     assert list(found.mean) == [2.0, 5.0, 9.0]  # (1 + 3 + 2) / 3, (2 + 4 + 9) / 3, the one finite value
     assert list(found.low) == [1.0, 2.0, 9.0]
     assert list(found.high) == [3.0, 9.0, 9.0]
-    assert band(setting.runs, "gold/vader", "episode", "#000000") is None
+    assert band(setting.runs, "gold/vader", "episode", Look(colour="#000000")) is None
 
 
-def test_the_table_holds_the_mean_over_seeds_and_marks_the_best(tmp_path):
+def test_the_table_holds_the_mean_over_seeds(tmp_path):
     folders = [
         write_run(tmp_path / f"{coef}_{seed}", points((kl, score)), seed=seed, kl__coef=coef)
         for coef, seed, kl, score in [(0.1, 0, 4, 0.5), (0.1, 1, 6, 0.7), (0.2, 0, 2, 0.3), (0.2, 1, 2, 0.4)]
     ]
-    parsed = page(build_comparison(folders, tmp_path / "out"))
-    assert parsed.text_of("b.best") == ["0.600"]  # (0.5 + 0.7) / 2; KL has no better direction
-    text = parsed.text
-    assert "0.600 0.500 to 0.700 5 4 to 6 0.1_0 completed 0.1_1 completed" in text
+    text = page(build_comparison(folders, tmp_path / "out")).text
+    assert "0.600 0.500 to 0.700 5 4 to 6 0.1_0 completed 0.1_1 completed" in text  # (0.5 + 0.7) / 2
     assert "0.350 0.300 to 0.400 2 0.2_0 completed" in text
     assert "4 runs · 2 settings · 4 completed" in text
     assert "in a band from the lowest to the highest" in text
-    assert "a hollow one is the last iteration of training" in text
+
+
+def test_a_column_is_written_with_the_decimals_of_its_finest_value(tmp_path):
+    folders = [write_run(tmp_path / str(kl), points((kl, 0.5)), kl__coef=kl) for kl in (8, 7.914, 10.25)]
+    text = page(build_comparison(folders, tmp_path / "out")).text
+    assert [f"0.500 {kl} " in text for kl in ("8.00", "7.91", "10.25")] == [True] * 3
+
+
+def test_rewards_are_marked_that_no_other_setting_reaches_with_as_little_kl(tmp_path):
+    folders = []
+    for kl, score in [(1, 0.2), (2, 0.5), (3, 0.4), (4, 0.9), (5, 0.9)]:
+        rows = [row | {"objective/rlhf_reward": score - 0.1 * kl} for row in points((kl, score))]
+        folders.append(write_run(tmp_path / str(kl), rows, kl__coef=kl, optimized_metric="objective/rlhf_reward"))
+    parsed = page(build_comparison(folders, tmp_path / "out"))
+    assert parsed.text_of("b.best") == ["0.200", "0.500", "0.900"]
+    assert "no other setting ends as high with as little KL" in parsed.text
+    assert "the best of the column" not in parsed.text
+    assert "Reward minus KL penalty optimized_metric in training" in parsed.text
+    assert "has no common best" in parsed.text
+
+
+@pytest.mark.parametrize(
+    ("name", "varied", "title", "where", "values", "best"),
+    [
+        ("objective/rlhf_reward", "optimizer__lr", "Reward minus KL penalty", "training", [0.2, 0.6], [False, True]),
+        ("objective/rlhf_reward", "kl__coef", "Reward minus KL penalty", "training", [0.2, 0.6], [False, False]),
+        ("val/objective/rlhf_reward", "seed", "Reward minus KL penalty", "validation", [0.2], [False]),
+        ("objective/scores", "optimizer__lr", "Reward", "training", [0.4, 0.8], [False, True]),
+    ],
+)
+def test_what_the_runs_were_optimised_for_is_a_column_with_the_values_that_a_sweeper_saw(
+    tmp_path, name, varied, title, where, values, best
+):
+    for number, (score, penalised, held) in enumerate([(0.4, 0.2, 0.3), (0.8, 0.6, 0.1)]):
+        rows = points((1, score)) + points((1, 0.5), prefix="val/")
+        rows[0]["objective/rlhf_reward"], rows[1]["val/objective/rlhf_reward"] = penalised, held
+        write_run(tmp_path / str(number), rows, optimized_metric=name, **{varied: number})
+    comparison = compare([tmp_path / "0", tmp_path / "1"])
+    column = columns(comparison)[2]  # after reward and KL
+    assert (column.metric, column.title) == (name.removeprefix("val/"), title)
+    assert column.notes == ("optimized_metric", f"in {where}")
+    cells = [row["values"][2] for row in table(comparison, tmp_path)]
+    assert [cell["mean"] for cell in cells] == pytest.approx(values)
+    assert [cell["marked"] for cell in cells] == best
+    assert own_penalties(comparison) == (varied == "kl__coef")
+
+
+def test_an_optimised_metric_that_is_shown_anyway_or_differs_is_no_further_column(tmp_path):
+    def shown(*names):
+        folders = []
+        for i, name in enumerate(names):
+            folders.append(tmp_path / f"{len(list(tmp_path.iterdir()))}")
+            write_run(folders[-1], points((1, 0.5)), optimized_metric=name, kl__coef=i)
+        return [(column.metric, column.notes) for column in columns(compare(folders))]
+
+    marked = [("objective/scores", ("optimized_metric",)), ("objective/kl", ())]
+    assert shown("objective/scores", "objective/scores") == marked
+    plain = [("objective/scores", ()), ("objective/kl", ())]
+    assert shown("objective/scores", "objective/kl") == shown(None, None) == shown("gold/x", "gold/x") == plain
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ((True, True), ("Each dot is an evaluation on the validation prompts", "Final values on validation data.")),
+        ((False, False), ("These runs have no validation", "Final values: those at the end of training.")),
+        ((True, False), ("A hollow one, of a run without validation", "on validation data where they were measured")),
+    ],
+)
+def test_the_page_says_where_its_points_are_from(tmp_path, held, said):
+    folders = [
+        write_run(tmp_path / str(i), points((1, 0.5)) + points((2, 0.6), prefix="val/") * one, kl__coef=i)
+        for i, one in enumerate(held)
+    ]
+    text = page(build_comparison(folders, tmp_path / "out")).text
+    every = ("Each dot is an", "These runs have no", "A hollow one")
+    assert [one in text for one in every] == [said[0].startswith(one) for one in every]
+    assert said[1] in text
+
+
+# --- how a setting is drawn ---
+
+
+def test_in_a_grid_of_two_keys_the_colour_is_of_the_first_and_the_line_of_the_second():
+    found = looks([(coef, clip) for coef in ("0.01", "0.05", "0.2") for clip in ("narrow", "wide")])
+    assert [one.colour for one in found[::2]] == [one.colour for one in found[1::2]]
+    assert len({one.colour for one in found}) == 3
+    for attribute in ("dashes", "marker"):
+        kinds = [getattr(one, attribute) for one in found]
+        assert kinds == kinds[:2] * 3
+        assert len(set(kinds)) == 2
+
+
+def test_in_a_grid_whose_second_key_has_many_values_the_line_is_of_the_first():
+    found = looks([(clip, str(coef)) for clip in ("narrow", "wide") for coef in range(5)])
+    assert [one.colour for one in found[:5]] == [one.colour for one in found[5:]]
+    assert [one.marker for one in found] == ["o"] * 5 + ["s"] * 5
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        [("a",), ("b",), ("c",)],
+        [("a", "1", "x"), ("a", "2", "x"), ("b", "1", "y")],
+        [(str(i), str(j)) for i in range(4) for j in range(4)],  # too many kinds of lines
+        [("a", "1"), ("b", "2"), ("c", "1")],  # no grid: no two share the first
+        [("a", "1"), ("a", "1"), ("b", "2")],  # long values may look the same when they are cut
+        [("a", "1"), ("a", "2"), ("b",)],
+    ],
+)
+def test_otherwise_every_setting_has_a_colour_of_its_own(chosen):
+    found = looks(chosen)
+    assert len({one.colour for one in found}) == len(chosen)
+    assert {(one.dashes, one.marker) for one in found} == {((), "o")}
 
 
 # --- the page and its pictures ---
@@ -212,7 +334,7 @@ def test_a_multirun_is_one_page_with_its_frontier_curves_table_and_samples(sweep
         "Reward against KL", "Gold: vader against KL",
     ]  # fmt: skip
     assert {"Reward", "Gold: vader", "KL to the reference", "Entropy", "Response length"} <= set(parsed.text_of("b."))
-    assert parsed.tags.count("svg") == 7
+    assert parsed.attributes.count(("role", "img")) == 7
     assert "5 runs · 3 settings · 4 completed · 1 failed" in parsed.text
 
 
@@ -288,6 +410,42 @@ def test_hostile_names_are_text_in_the_page_and_its_pictures(tmp_path):
     assert any(evil.split("\x07")[0] in text for text in parsed.text_of("td.left"))
 
 
+def test_the_panels_of_wandb_hold_what_the_page_shows(tmp_path):
+    folders = []
+    for kl, score in [(1, 0.2), (2, 0.5), (3, 0.4)]:
+        rows = [row | {"objective/rlhf_reward": score - 0.1} for row in points((0.5 * kl, 0.1), (kl, score))]
+        folders.append(write_run(tmp_path / str(kl), rows, optimizer__lr=kl, optimized_metric="objective/rlhf_reward"))
+    build_comparison(folders, tmp_path / "out")
+    found = panels(compare(folders), tmp_path / "out")
+    results = [dict(zip(found["results"].columns, row, strict=True)) for row in found["results"].data]
+    assert [row["objective/scores"] for row in results] == [0.2, 0.5, 0.4]
+    assert [row["objective/scores marked"] for row in results] == [True, True, False]
+    penalised = "objective/rlhf_reward (optimized_metric)"
+    assert [row[penalised] for row in results] == pytest.approx([0.1, 0.4, 0.3])
+    assert [row[f"{penalised} marked"] for row in results] == [False, True, False]
+    assert "objective/kl marked" not in results[0]
+    shown = [(row[0], *row[-3:]) for row in found["frontier/objective/scores"].table.data]
+    assert shown == [
+        (1, False, 0.5, 0.1), (1, False, 1, 0.2), (2, False, 1, 0.1), (2, False, 2, 0.5), (3, False, 1.5, 0.1),
+        (3, False, 3, 0.4),
+    ]  # fmt: skip
+    assert {name for name in found if name.startswith("pictures/")} == {
+        "pictures/frontier", "pictures/objective_scores", "pictures/objective_kl",
+    }  # fmt: skip
+
+
+def test_of_many_settings_those_are_numbered_in_the_picture_that_are_bold_in_the_table(tmp_path):
+    best = {3: (1, 0.5), 7: (2, 0.9)}
+    folders = [
+        write_run(tmp_path / f"{i:02}", points((0.1, 0.95), best.get(i, (3, 0.1))), kl__coef=i / 100)
+        for i in range(1, MANY + 2)
+    ]
+    html = build_comparison(folders, tmp_path / "out").read_text()
+    assert Page(html).text_of("b.best") == ["0.500", "0.900"]
+    picture = html.partition("Reward against KL</b>")[2].partition("</svg>")[0]
+    assert re.findall(r"font-weight: 700[^>]*>(\d+)<", picture) == ["3", "7"]
+
+
 def test_forty_runs_have_a_legend_of_values_and_distinct_colours(tmp_path):
     for number in range(40):
         rng = random.Random(number)
@@ -302,8 +460,8 @@ def test_forty_runs_have_a_legend_of_values_and_distinct_colours(tmp_path):
     assert "40 runs · 40 settings · 40 completed" in text
     assert "kl.coef · optimizer.lr" in text
     assert "40 0.39 · 0.002" in text
-    colours = {part.partition('"')[0] for part in html.split('style="background:')[1:]}
-    assert len(colours) == 40
+    keys = html.split('class="look"')[1:]
+    assert len({key.partition('fill="')[2][:7] for key in keys}) == 40 > MANY
 
 
 # --- what may be missing ---
