@@ -14,7 +14,8 @@ from lit_rlhf import algorithms
 from lit_rlhf.algorithms import DAPO, GRPO, RAFT, RLOO, TRPO, ExpertIteration, OnlineDPO, Reinforce
 from lit_rlhf.baseline import BatchMeanBaseline, NoBaseline, ValueBaseline
 from lit_rlhf.batch import Experience, Rollout
-from lit_rlhf.clip import AdaptiveKLPenalty, LinearClip
+from lit_rlhf.clip import AdaptiveKLPenalty, LinearClip, SymmetricClip
+from lit_rlhf.entropy import ConstantEntropy
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import full_kl, masked_mean
 from lit_rlhf.kl import FixedKL, LinearKL, NoKL
@@ -403,3 +404,39 @@ def test_named_variants_run_from_their_configs(choices, column, tmp_path, monkey
     assert result.code == 0, result.err
     with open("run/metrics.csv", newline="") as file:
         assert list(csv.DictReader(file))[-1][column] != ""
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("A2C", {"gamma": 0.5, "lam": 0.5, "value_coef": 0.0, "whiten_advantages": True,
+                 "entropy": ConstantEntropy(coef=0.5)}),
+        ("Reinforce", {"gamma": 0.5, "baseline": NoBaseline()}),
+        ("ReinforcePP", {"gamma": 0.5, "epochs": 3, "clip": SymmetricClip(range=1e-4)}),
+        ("RLOO", {"group_size": 4, "epochs": 3, "clip": SymmetricClip(range=1e-4)}),
+        ("GRPO", {"group_size": 4, "epochs": 3, "clip": SymmetricClip(range=1e-4)}),
+        ("DrGRPO", {"group_size": 4, "epochs": 3, "clip": SymmetricClip(range=1e-4)}),
+        ("DAPO", {"group_size": 4, "kept_batch_size": 4, "epochs": 3, "clip": SymmetricClip(range=1e-4)}),
+        ("GSPO", {"group_size": 4, "epochs": 3, "clip": SymmetricClip(range=0.5)}),
+        ("RAFT", {"group_size": 4, "epochs": 3}),
+        ("ExpertIteration", {"threshold": 1.0, "epochs": 3, "group_size": 4}),
+        ("OnlineDPO", {"epochs": 3, "group_size": 4, "kl": FixedKL(coef=0.5)}),
+        ("TRPO", {"max_kl": 1e-4, "damping": 10.0, "cg_steps": 1, "epochs": 5, "gamma": 0.5, "lam": 0.1,
+                  "whiten_advantages": False}),
+    ],
+)  # fmt: skip
+def test_every_setting_changes_what_is_learned(trainer, name, settings):
+    minibatch = {"minibatch_size": 2} if name == "RAFT" else {}
+
+    def weights(**changes):
+        module = make(name, **{"lr": 0.5, **KEPT.get(name, {}), **minibatch, **changes})
+        fit(trainer, module)
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    plain = weights()
+    for setting, value in settings.items():
+        assert not torch.equal(plain, weights(**{setting: value})), setting
+
+
+#: Where a setting shows: a bound on the ratio in a second pass, a threshold where something is over it.
+KEPT = {"RLOO": {"epochs": 2, "lr": 1e-5}, "ExpertIteration": {"threshold": 0.0}}

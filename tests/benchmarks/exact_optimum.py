@@ -287,9 +287,11 @@ SOLVERS: dict[str, Solver] = {
     "ppo": online(PPO, **{**BOUNDED, "iterations": 150}, ppo_epochs=1),
     "ppo, kl penalty": online(PPO, **{**BOUNDED, "iterations": 150}, ppo_epochs=1, clip=AdaptiveKLPenalty(target=0.02)),
     # Its step is as long near the optimum as far from it, so it has to be short.
-    "trpo": online(TRPO, iterations=60, lr=1e-2, rollout_batch_size=512, minibatch_size=512, max_kl=0.005, lam=1.0),
+    "trpo": online(TRPO, iterations=80, lr=1e-2, rollout_batch_size=512, minibatch_size=512, max_kl=0.005, lam=1.0),
     "a2c": online(A2C, **ON_POLICY, value_coef=0.1),
-    "reinforce": online(Reinforce, **ON_POLICY, baseline=NoBaseline()),
+    "reinforce": online(  # what a baseline saves: completions
+        Reinforce, iterations=200, lr=5e-3, rollout_batch_size=1024, minibatch_size=1024, baseline=NoBaseline()
+    ),
     "reinforce, batch mean": online(Reinforce, **ON_POLICY),
     "reinforce, value": online(Reinforce, **ON_POLICY, baseline=ValueBaseline()),
     "reinforce++": online(ReinforcePP, **BOUNDED),
@@ -303,7 +305,7 @@ SOLVERS: dict[str, Solver] = {
         RAFT, lambda problem: problem.best_of(4), rollout_batch_size=32768, group_size=4, epochs=25
     ),
     "expert iteration": imitation(
-        ExpertIteration, of_the_right, rollout_batch_size=16384, threshold=RIGHT, epochs=10
+        ExpertIteration, of_the_right, rollout_batch_size=16384, threshold=RIGHT, epochs=30
     ),
     "dpo": dpo(pairs=800_000, batch_size=4096, epochs=4, lr=5e-3),
     "ilql": q_learning(
