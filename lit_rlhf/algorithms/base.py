@@ -144,6 +144,11 @@ class Algorithm(L.LightningModule):
     def steps_per_epoch(self) -> int:
         raise NotImplementedError
 
+    @property
+    def within_epoch(self) -> bool:
+        """Whether batches of the current epoch are still to come."""
+        raise NotImplementedError
+
     def optimized_parameters(self) -> list[nn.Parameter]:
         """What the optimiser moves: all that trains, unless the algorithm moves some of it by itself."""
         return [p for p in self.parameters() if p.requires_grad]
@@ -272,6 +277,9 @@ class Algorithm(L.LightningModule):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["config"] = self.config
+        if self.within_epoch:  # also at an epoch's end: max_steps may have ended the run, and with it the epoch
+            for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                progress["processed"] = progress["completed"] = progress["started"] - 1
         # Between two steps, gradients are half summed: without them the resumed run's next step would differ.
         summing = self.trainer.fit_loop.epoch_loop._should_accumulate()
         checkpoint["lit_rlhf"] = {

@@ -252,6 +252,10 @@ class OfflineAlgorithm(Algorithm):
     def axes(self) -> dict[str, int]:
         return {"iteration": self.steps, "episode": self.sequences, "tokens": self.tokens}
 
+    @property
+    def within_epoch(self) -> bool:
+        return self.loader is not None and 0 < self.loader.position < self.loader.epoch_batches
+
     def steps_per_epoch(self) -> int:
         return math.ceil(self.window_loader().epoch_batches / self.trainer.accumulate_grad_batches)
 

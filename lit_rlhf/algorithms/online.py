@@ -454,6 +454,11 @@ class OnlineAlgorithm(Algorithm):
     def axes(self) -> dict[str, int]:
         return {"iteration": self.iteration, "episode": self.iteration * self.rollout_batch_size, "tokens": self.tokens}
 
+    @property
+    def within_epoch(self) -> bool:
+        loader = self.loader
+        return loader is not None and loader.experience is not None and loader.position < len(loader)
+
     def steps_per_epoch(self) -> int:
         return self.epochs * (self.experience_size // self.minibatch_size)
 

@@ -262,6 +262,16 @@ class TestResume:
             assert resumed == rows, path
             assert module.axes == whole.axes
 
+    @pytest.mark.parametrize("steps", [2, 6, 8])
+    def test_a_run_that_max_steps_ended_goes_on_to_all_its_epochs(self, tmp_path, steps):
+        whole, rows = run(tmp_path / "whole", max_epochs=2, limit_val_batches=0)
+        run(tmp_path / "split", max_epochs=2, max_steps=steps, limit_val_batches=0)
+        (checkpoint,) = (tmp_path / "split" / "epoch").glob(f"*step={steps}.ckpt")
+        module, resumed = run(tmp_path / "split", ckpt=str(checkpoint), max_epochs=2, limit_val_batches=0)
+        assert module.axes == whole.axes
+        assert torch.equal(module.w, whole.w)
+        assert resumed[-1] == rows[-1]
+
     def test_a_checkpoint_between_two_steps_keeps_the_gradients(self, tmp_path):
         class Save(Callback):
             def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -118,12 +118,12 @@ def test_resume_is_exact_when_max_steps_bounds_the_run(tmp_path, steps):
     assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
 
 
-def test_a_run_that_max_steps_ended_inside_an_iteration_extends_exactly(tmp_path):
-    bounded = {"max_epochs": -1, "limit_val_batches": 0}  # the fit loop's own count of epochs is one ahead afterwards
-    whole = run(tmp_path / "whole", make(), max_steps=20, **bounded)
-    run(tmp_path / "split", make(), max_steps=9, **bounded)
-    checkpoint = tmp_path / "split/checkpoints/last.ckpt"
-    resumed = run(tmp_path / "split", make(), ckpt_path=checkpoint, max_steps=20, **bounded)
+@pytest.mark.parametrize("steps", [6, 7, 9])
+def test_a_run_that_max_steps_ended_extends_exactly_to_all_its_iterations(tmp_path, steps):
+    whole = run(tmp_path / "whole", make(), until=4)
+    run(tmp_path / "split", make(), until=4, max_steps=steps)
+    resumed = run(tmp_path / "split", make(), until=4, ckpt_path=tmp_path / "split/checkpoints/last.ckpt")
+    assert resumed.trainer.global_step == 24
     assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
 
 
