@@ -91,6 +91,8 @@ _HOME = {
     "HumanRatingsScores": "data",
     "HumanRatingsText": "data",
     "ListPrompts": "data",
+    # several processes
+    "FSDP2Strategy": "distributed",
     # what watches a run
     "CSVLogger": "loggers",
     "TensorBoardLogger": "loggers",

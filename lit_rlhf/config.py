@@ -69,9 +69,9 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 def refuse_no_member(overrides: list[str]) -> None:
     """Raises UserError for ``reward=null``: Hydra has only a traceback for it."""
     for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
+        key, given, value = override.lstrip("+").partition("=")
         folder = CONFIG_DIR / key.partition("@")[0]
-        if value.strip() in ("null", "") and key and folder.is_dir():
+        if given and value.strip() in ("null", "") and folder.is_dir():
             members = sorted(path.stem for path in folder.glob("*.yaml"))
             raise UserError(f"{override}: the group has no such member, but {', '.join(members)}")
 

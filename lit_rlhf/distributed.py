@@ -204,8 +204,6 @@ def processes_to_start(trainer: L.Trainer) -> int:
 
 def agree(trainer: L.Trainer, value: T) -> T:
     """The first process's ``value`` in all that a launcher started for ``trainer``, before it connects them itself."""
-    if trainer.world_size == 1:
-        return value
     device = trainer.strategy.root_device
     if device.type == "cuda":
         torch.cuda.set_device(device)

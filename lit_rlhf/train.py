@@ -108,8 +108,9 @@ def train(config: DictConfig) -> float | None:
             if (folder / SUMMARY).exists() and read_summary(folder).get("status") == "running":
                 write_summary(folder, status="failed")  # all of its processes were ended
     else:
-        folder = agree(trainer, folder)  # a launcher's processes have each composed their own config, with the time
-        config.paths.output_dir = config.paths.output_dir and str(folder)
+        if trainer.world_size > 1:  # a launcher's processes have each composed their own config, with the time in it
+            folder = agree(trainer, folder)
+            config.paths.output_dir = str(folder)
         train_here(config)
     gc.collect()
     return optimized_value(read_summary(folder), config.optimized_metric)

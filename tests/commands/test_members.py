@@ -96,11 +96,13 @@ KL = {
     "linear": (["kl.start=0.3", "kl.end=0"], lambda rows: [0.3, 0.2, 0.1]),  # at the start of an iteration
     # Always far below the target: less by 0.2 of 4 episodes in 40, each time.
     "adaptive": (["kl.init_coef=1", "kl.target=1000", "kl.horizon=40"], lambda rows: [1, 0.98, 0.98**2]),
+    "loss_k3": ([], lambda rows: [0.04] * 3),
     "none": ([], lambda rows: [0, 0, 0]),
 }
 CLIP = {
     "symmetric": (["clip.range=0.3"], {"low": [0.3] * 3, "high": [0.3] * 3}),
     "asymmetric": ([], {"low": [0.2] * 3, "high": [0.28] * 3}),
+    "sequence": ([], {"low": [3e-4] * 3, "high": [4e-4] * 3}),
     "linear": (["clip.start=0.3", "clip.end=0"], {"low": [0.2, 0.1, 0], "high": [0.2, 0.1, 0]}),  # at its end
     "dual": (["clip.range=0.1"], {"low": [0.1] * 3, "high": [0.1] * 3}),
     "kl_penalty": (["clip.target=1000"], {"penalty": [1, 0.5, 0.25]}),  # always far below the target
@@ -121,6 +123,7 @@ RUNS = [
     ("fixed", "symmetric", "none", "default"), ("linear", "linear", "linear", "checkpoint"),
     ("adaptive", "kl_penalty", "target", "samples"), ("none", "none", "constant", "progress"),
     ("fixed", "asymmetric", "none", "distributions"), ("fixed", "dual", "none", "offline"),
+    ("loss_k3", "sequence", "none", "samples"),
 ]  # fmt: skip
 
 
@@ -145,8 +148,10 @@ def test_controllers_and_callbacks_do_as_their_names_say(kl, clip, entropy, call
     assert result.code == 0, result.err
     rows = read_metrics(Path("run"))
     assert [row["objective/kl_coef"] for row in rows] == pytest.approx(KL[kl][1](rows))
-    for row in rows:  # what is logged is charged
-        charged = row["objective/kl_coef"] * row["objective/kl"]
+    for row in rows:  # what is logged is charged, by the rewards or in the loss
+        in_loss = kl == "loss_k3"
+        assert ("loss/kl" in row) is in_loss
+        charged = 0 if in_loss else row["objective/kl_coef"] * row["objective/kl"]
         assert row["objective/non_score_reward"] == pytest.approx(-charged, abs=1e-6)
         assert not any(name.startswith("gold/") for name in row)
     bounds = {name: [row[f"clip/{name}"] for row in rows if f"clip/{name}" in row] for name in ("low", "high")}
