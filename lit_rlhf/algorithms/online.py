@@ -32,7 +32,7 @@ from lit_rlhf.functional.masked import zero_masked
 from lit_rlhf.generators import seeded
 from lit_rlhf.kl import FixedKL, KLPenalty
 from lit_rlhf.models.policy import Policy, PolicyOutput, disable_dropout
-from lit_rlhf.models.reference import make_reference
+from lit_rlhf.models.reference import make_reference, require_same_reference
 from lit_rlhf.rewards.scoring import Reward, Scores, freeze, require_columns, score
 from lit_rlhf.rewards.shaping import ScoreShaper, place_scores
 from lit_rlhf.rollout.loader import RolloutLoader, exact_div
@@ -527,11 +527,7 @@ class OnlineAlgorithm(Algorithm):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if state["reference"] != self.reference_id:
-            raise UserError(
-                "the checkpoint was trained against another reference: the weights of the policy that this run starts "
-                f"from have the hash {self.reference_id[:12]}, those of the checkpoint's run {state['reference'][:12]}"
-            )
+        require_same_reference(state["reference"], self.reference_id)
         self._loader_state = state["loader"]
         self.iteration, self.tokens = state["iteration"], state["tokens"]
         self.pending, self.samples = dict(state["pending"]), list(state["samples"])
