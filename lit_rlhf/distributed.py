@@ -232,7 +232,7 @@ def run_in_processes(task: Callable[..., Any], count: int, *args: Any) -> None:
         free.close()
         threads = max(1, torch.get_num_threads() // count)
         # A server that has imported everything is forked for each process: the import takes longer than a tiny run.
-        multiprocessing.set_forkserver_preload(["lit_rlhf.train"])
+        multiprocessing.set_forkserver_preload(["lit_rlhf.algorithms", "lit_rlhf.rewards", "lit_rlhf.config"])
         given = (task, args, count, port, threads, dict(os.environ), folder)
         context = start_processes(_process, given, nprocs=count, join=False, start_method="forkserver")
         try:

@@ -127,9 +127,9 @@ class TargetEntropy(EntropyBonus):
     ) -> None:
         super().__init__(top_k)
         self.target = check_number("entropy.target", target, above=0)
-        self.coef = check_number("entropy.init_coef", init_coef, above=0)
-        self.lr = check_number("entropy.lr", lr, above=0)
         self.max_coef = check_number("entropy.max_coef", max_coef, above=0)
+        self.coef = check_number("entropy.init_coef", init_coef, above=0, at_most=self.max_coef)
+        self.lr = check_number("entropy.lr", lr, above=0)
 
     def at(self, progress: float) -> float:  # noqa: ARG002 - follows the entropy
         return self.coef

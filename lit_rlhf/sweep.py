@@ -165,14 +165,14 @@ def write_table(folder: Path, jobs: list[dict[str, Any]]) -> None:
         {
             **{"job": job["job"], "status": job["status"]},
             **job["overrides"],
-            **{"optimized_metric": job["value"]},
+            **{"optimized_value": job["value"]},
             **{name: value for name, value in job["summary"].items() if name != "status"},
             **{"error": job["error"], "folder": job["folder"].relative_to(folder)},
         }
         for job in jobs
     ]
     overrides, metrics = _keys(jobs, "overrides"), [k for k in _keys(jobs, "summary") if k != "status"]
-    columns = ["job", "status", *overrides, "optimized_metric", *metrics, "error", "folder"]
+    columns = ["job", "status", *overrides, "optimized_value", *metrics, "error", "folder"]
     texts = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
     replace_file(folder / TABLE, format_rows(columns, texts, header=True))
     log.info("%d jobs: %s", len(jobs), folder / TABLE)

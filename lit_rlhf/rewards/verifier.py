@@ -8,7 +8,8 @@ from typing import Any
 from lit_rlhf.checks import check_text
 from lit_rlhf.errors import UserError
 
-_NUMBER = r"(?<![\d.])[-+]?(?:\d[\d,]*\.?\d*|\.\d+)"
+# Commas only between groups of three digits: "3,4" is two numbers.
+_NUMBER = r"(?<![\d.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)\.?\d*|\.\d+)"
 
 
 class VerifierReward:

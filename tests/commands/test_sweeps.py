@@ -66,7 +66,7 @@ def require_rows_of_their_runs() -> None:
         assert {name: row[name] for name in summary if name != "status"} == {
             name: str(value) for name, value in summary.items() if name != "status"
         }
-        assert row["optimized_metric"] == str(summary["objective/rlhf_reward"])
+        assert row["optimized_value"] == str(summary["objective/rlhf_reward"])
         config = yaml.safe_load((run / "config.yaml").read_text())
         assert (str(config["kl"]["coef"]), str(config["seed"])) == (row["kl.coef"], row["seed"])
         assert (run / "model" / "model.safetensors").is_file()
@@ -156,7 +156,7 @@ def test_a_job_that_fails_ends_no_other_and_the_command_names_it(folder):
         ("0.1", "5", "completed"), ("-1", "5", "failed"), ("0.2", "5", "completed"),
     ]  # fmt: skip
     assert table()[1]["error"].startswith("kl.coef must be")
-    assert table()[1]["optimized_metric"] == table()[1]["objective/scores"] == ""
+    assert table()[1]["optimized_value"] == table()[1]["objective/scores"] == ""
     require_rows_of_their_runs()
 
 
@@ -260,8 +260,8 @@ def test_optuna_searches_and_leaves_its_trials_and_the_best_one(folder):
     assert result.code == 0, result.err
     require_rows_of_their_runs()
     best = yaml.safe_load(Path("sweep/optimization_results.yaml").read_text())
-    (winner,) = [row for row in table() if float(row["optimized_metric"]) == best["best_value"]]
-    assert best["best_value"] == max(float(row["optimized_metric"]) for row in table())
+    (winner,) = [row for row in table() if float(row["optimized_value"]) == best["best_value"]]
+    assert best["best_value"] == max(float(row["optimized_value"]) for row in table())
     assert {key: str(value) for key, value in best["best_params"].items()}.items() <= winner.items()
     assert len(set(columns("optimizer.lr"))) == len(table()) == 3
 

@@ -166,6 +166,9 @@ class TestVerifier:
         answers = [12, "1200.0", 0.3, -3, 12, 12, "0.50", 3]
         assert call(VerifierReward(), texts, answer=answers) == [1, 1, 0, 1, 0, 0, 1, 1]
 
+    def test_a_list_of_numbers_is_not_one_number(self):
+        assert call(VerifierReward(), ["3,4", "1,2,3", "3,4", "12,345"], answer=[34, 123, 4, 12345]) == [0, 0, 1, 1]
+
     def test_a_pattern_says_where_the_answer_is(self):
         reward = VerifierReward(column="right", pattern=r"Answer: (\S+)")
         texts = ["Answer: 4, not 5", "Answer: 5. Answer: 4", "4", "Answer: four"]
