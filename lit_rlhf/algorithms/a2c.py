@@ -50,7 +50,6 @@ class A2C(OnlineAlgorithm):
         self.value_coef = check_number("algorithm.value_coef", value_coef, at_least=0)
         self.whiten_advantages = check_bool("algorithm.whiten_advantages", whiten_advantages)
         self.entropy = entropy or NoEntropy()
-        self.controllers["entropy"] = self.entropy
 
     def advantages(self, rewards: Tensor, rollout: Rollout, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stage 5: generalised advantage estimation."""
@@ -73,14 +72,3 @@ class A2C(OnlineAlgorithm):
             "loss/entropy": -entropy.detach(),
             "value/mean": masked_mean(values.detach(), mask),
         }
-
-    def forward_settings(self) -> dict[str, Any]:
-        entropy_grad = self.entropy.at(self.progress) != 0
-        return {**super().forward_settings(), "entropy_grad": entropy_grad, "entropy_top_k": self.entropy.top_k}
-
-    def update_controllers(self, row: dict[str, float]) -> None:
-        super().update_controllers(row)
-        self.entropy.update(row["policy/entropy"])
-
-    def schedule_metrics(self) -> dict[str, float]:
-        return {**super().schedule_metrics(), "entropy/coef": self.entropy.at(self.progress)}

@@ -13,7 +13,7 @@ from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.batch import Experience, Rollout
 from lit_rlhf.checks import check_int
 from lit_rlhf.clip import AsymmetricClip, Clip
-from lit_rlhf.functional import group_advantages, masked_mean, per_token
+from lit_rlhf.functional import group_advantages, per_token
 from lit_rlhf.models.policy import PolicyOutput
 from lit_rlhf.rollout.loader import exact_div
 
@@ -55,7 +55,6 @@ class DAPO(OnlineAlgorithm):
             exact_div(kept_batch_size, group_size, self.experience_key, "algorithm.group_size")
             check_int("algorithm.rollout_batch_size", self.rollout_batch_size, at_least=kept_batch_size)
         self.clip = clip or AsymmetricClip()
-        self.controllers["clip"] = self.clip
 
     @property
     def experience_size(self) -> int:
@@ -73,8 +72,4 @@ class DAPO(OnlineAlgorithm):
 
     def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
         """Stage 7: the clipped surrogate, a mean over tokens."""
-        mask = batch.response_mask
-        bounds = self.clip.at(self.progress)
-        losses, clipped = bounds.surrogate(output.logprobs, batch.logprobs, batch.advantages, mask)
-        loss = self.mean(losses, mask)
-        return loss, {"loss/policy": loss.detach(), "policy/clipfrac": masked_mean(clipped, mask)}
+        return self.clipped_loss(output.logprobs, batch.logprobs, batch.advantages, batch.response_mask)

@@ -5,7 +5,6 @@ the critic: the optimal policy of the KL-regularised goal implies the reward
 r(x, y) = beta log(policy(y|x) / reference(y|x)), up to a function of x, and Bradley-Terry on that reward is the loss.
 """
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -62,7 +61,3 @@ class DPO(OfflineAlgorithm):
         logprobs = anchored_logprobs(self.policy, self.reference, inputs)
         loss, stats = dpo_loss(*logprobs, self.beta, self.label_smoothing)
         return loss, pair_metrics(stats, *logprobs[:2])
-
-    def export(self, folder: Path) -> None:
-        """Writes the policy in Hugging Face format."""
-        self.policy.save(folder)

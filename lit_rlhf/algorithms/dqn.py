@@ -100,5 +100,5 @@ class DQN(OfflineAlgorithm):
 
     def export(self, folder: Path) -> None:
         """Writes the policy in Hugging Face format, and beside it the Q head that decodes."""
-        self.policy.save(folder)
-        save_guidance(Path(folder), self.q_heads.targets, beta=1 / self.temperature, prior=0.0)
+        super().export(folder)
+        save_guidance(folder, self.q_heads.targets, beta=1 / self.temperature, prior=0.0)

@@ -37,7 +37,6 @@ class GRPO(OnlineAlgorithm):
     def __init__(self, *, clip: Clip | None = None, group_size: int = 8, epochs: int = 1, **online: Any) -> None:
         super().__init__(group_size=group_size, epochs=epochs, **online)
         self.clip = clip or SymmetricClip()
-        self.controllers["clip"] = self.clip
 
     def advantages(self, rewards: Tensor, rollout: Rollout, values: None) -> tuple[Tensor, None]:  # noqa: ARG002
         """Stage 5: standardised within the group, the same for all tokens of a completion."""
@@ -49,8 +48,4 @@ class GRPO(OnlineAlgorithm):
 
     def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
         """Stage 7: the clipped surrogate of tokens."""
-        mask = batch.response_mask
-        bounds = self.clip.at(self.progress)
-        losses, clipped = bounds.surrogate(output.logprobs, batch.logprobs, batch.advantages, mask)
-        loss = self.mean(losses, mask)
-        return loss, {"loss/policy": loss.detach(), "policy/clipfrac": masked_mean(clipped, mask)}
+        return self.clipped_loss(output.logprobs, batch.logprobs, batch.advantages, batch.response_mask)

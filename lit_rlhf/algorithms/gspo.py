@@ -38,7 +38,6 @@ class GSPO(OnlineAlgorithm):
     def __init__(self, *, clip: Clip | None = None, group_size: int = 8, epochs: int = 1, **online: Any) -> None:
         super().__init__(group_size=group_size, epochs=epochs, **online)
         self.clip = clip or AsymmetricClip(low=3e-4, high=4e-4)
-        self.controllers["clip"] = self.clip
 
     def advantages(self, rewards: Tensor, rollout: Rollout, values: None) -> tuple[Tensor, None]:  # noqa: ARG002
         """Stage 5: standardised within the group, the same for all tokens of a completion."""
@@ -53,6 +52,4 @@ class GSPO(OnlineAlgorithm):
         mask = batch.response_mask
         new, old = (masked_mean(x, mask, dim=1).unsqueeze(1) for x in (output.logprobs, batch.logprobs))
         counts = torch.ones_like(new, dtype=torch.bool)
-        losses, clipped = self.clip.at(self.progress).surrogate(new, old, batch.advantages[:, :1], counts)
-        loss = losses.mean()
-        return loss, {"loss/policy": loss.detach(), "policy/clipfrac": clipped.float().mean()}
+        return self.clipped_loss(new, old, batch.advantages[:, :1], counts)

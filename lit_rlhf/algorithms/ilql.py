@@ -130,8 +130,8 @@ class ILQL(OfflineAlgorithm):
 
     def export(self, folder: Path) -> None:
         """Writes the policy in Hugging Face format, and beside it the Q heads that guide its decoding."""
-        self.policy.save(folder)
-        save_guidance(Path(folder), self.q_heads.targets, beta=self.beta, prior=1.0)
+        super().export(folder)
+        save_guidance(folder, self.q_heads.targets, beta=self.beta, prior=1.0)
 
 
 def chosen(q_values: Tensor, actions: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Azar et al. 2023 (arXiv:2310.12036). DPO drives a preference that is certain in 
 beta is; IPO regresses the margin on 1 / (2 beta) instead.
 """
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -61,7 +60,3 @@ class IPO(OfflineAlgorithm):
             lengths = inputs.sides(inputs.completions.lengths) * 2
             loss, _ = ipo_loss(*(x / n for x, n in zip(logprobs, lengths, strict=True)), self.beta)
         return loss, pair_metrics(stats, *logprobs[:2])
-
-    def export(self, folder: Path) -> None:
-        """Writes the policy in Hugging Face format."""
-        self.policy.save(folder)

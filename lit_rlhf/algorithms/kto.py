@@ -5,7 +5,6 @@ the KL between policy and reference, instead of with another completion.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -135,10 +134,6 @@ class KTO(OfflineAlgorithm):
                 "needs at least 2 rows"
             )
         return loader
-
-    def export(self, folder: Path) -> None:
-        """Writes the policy in Hugging Face format."""
-        self.policy.save(folder)
 
 
 def _judged(batch: Any) -> tuple[list[Any] | None, dict[str, list[Any]], Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -193,6 +194,13 @@ class OfflineAlgorithm(Algorithm):
         own = parts[rank()] or there[0]._replace(terms=0)
         whole = {name: sum(getattr(part, name) for part in there) for name in ("sequences", "tokens")}
         return own._replace(**whole), sum(part.terms for part in there)
+
+    def export(self, folder: Path) -> None:
+        """Writes the policy in Hugging Face format; every process must call it.
+
+        Overridden where another model, or more than the policy, is trained.
+        """
+        self.policy.save(folder)
 
     # ---- training -------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from lit_rlhf.clip import Clip
 from lit_rlhf.data.passes import SeededPasses
 from lit_rlhf.data.tokenize import PromptRows, Row, split_rows, tokenize_prompts
 from lit_rlhf.distributed import gather, rank, share, world_size
+from lit_rlhf.entropy import EntropyBonus
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import full_kl, kl_estimate, masked_mean, ratio_stats
 from lit_rlhf.functional.masked import zero_masked
@@ -81,8 +82,9 @@ class OnlineAlgorithm(Algorithm):
     #: What its passes over the experience, and the rows that it learns from, are called in its config.
     epochs_key = "algorithm.epochs"
     experience_key = "algorithm.rollout_batch_size"
-    #: Set by an algorithm that bounds its updates.
+    #: Set by an algorithm that bounds its updates, and by one whose loss has an entropy bonus.
     clip: Clip | None = None
+    entropy: EntropyBonus | None = None
 
     def __init__(
         self,
@@ -126,7 +128,6 @@ class OnlineAlgorithm(Algorithm):
         object.__setattr__(self, "gold", gold)
         self.kl = kl if kl is not None else FixedKL()
         copy.deepcopy(self.kl).update(0.0, rollout_batch_size)  # refuses now what it would refuse after an iteration
-        self.controllers: dict[str, Any] = {"kl": self.kl}  # whose state goes into the checkpoint
         self.scores = scores or ScoreShaper()
         self.epochs = epochs
         self.target_kl = None if target_kl is None else check_number("algorithm.target_kl", target_kl, above=0)
@@ -163,6 +164,17 @@ class OnlineAlgorithm(Algorithm):
     def mean(self, x: Tensor, mask: Tensor) -> Tensor:
         """The mean of (B, T) that losses are, see ``loss_over``."""
         return masked_mean(x, mask)
+
+    def clipped_loss(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The surrogate within the bounds of ``clip``, a mean as losses are, and its metrics.
+
+        All are (B, T), or (B, 1) where a whole completion is one action.
+        """
+        losses, clipped = self.clip.at(self.progress).surrogate(logprobs, old_logprobs, advantages, mask)
+        loss = self.mean(losses, mask)
+        return loss, {"loss/policy": loss.detach(), "policy/clipfrac": masked_mean(clipped, mask)}
 
     # ---- stages 1 to 5: the rollout phase -------------------------------------------------------------------------
 
@@ -322,7 +334,11 @@ class OnlineAlgorithm(Algorithm):
 
     def forward_settings(self) -> dict[str, Any]:
         """Keyword arguments of the policy's forward pass in a training step."""
-        return {"keep_logits": self.kl.in_loss and self.kl.estimator == "full"}
+        settings: dict[str, Any] = {"keep_logits": self.kl.in_loss and self.kl.estimator == "full"}
+        if self.entropy is not None:
+            settings["entropy_grad"] = self.entropy.at(self.progress) != 0
+            settings["entropy_top_k"] = self.entropy.top_k
+        return settings
 
     def kl_loss(self, batch: Experience, output: PolicyOutput, tokens: tuple[Tensor, ...]) -> Tensor:
         """The KL to the reference, a mean as losses are, through which gradients flow."""
@@ -370,12 +386,20 @@ class OnlineAlgorithm(Algorithm):
             log.warning("iteration %d: the KL, %.3g nats, is over kl.budget=%g: the run stops", self.iteration,
                         row["objective/kl"], self.kl.budget)  # fmt: skip
 
+    @property
+    def controllers(self) -> dict[str, Any]:
+        """Those that the algorithm has, whose state goes into the checkpoint."""
+        parts = {"kl": self.kl, "clip": self.clip, "entropy": self.entropy}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def update_controllers(self, row: dict[str, float]) -> None:
         """Lets whatever follows a measurement follow this iteration's."""
         self.kl.update(row["objective/kl"], self.rollout_batch_size)
         if self.clip is not None and self.clip.follows_kl:
             row["policy/update_kl"] = self.update_kl()
             self.clip.update(row["policy/update_kl"])
+        if self.entropy is not None:
+            self.entropy.update(row["policy/entropy"])
 
     @torch.no_grad()
     def update_kl(self) -> float:
@@ -395,10 +419,12 @@ class OnlineAlgorithm(Algorithm):
 
     def schedule_metrics(self) -> dict[str, float]:
         """Coefficients of this iteration that follow a schedule."""
-        if self.clip is None:
-            return {}
-        bounds = self.clip.at(self.progress)
-        metrics = {"clip/low": bounds.low, "clip/high": bounds.high, "clip/penalty": bounds.penalty}
+        metrics: dict[str, float | None] = {}
+        if self.clip is not None:
+            bounds = self.clip.at(self.progress)
+            metrics |= {"clip/low": bounds.low, "clip/high": bounds.high, "clip/penalty": bounds.penalty}
+        if self.entropy is not None:
+            metrics["entropy/coef"] = self.entropy.at(self.progress)
         return {name: value for name, value in metrics.items() if value is not None}
 
     @property

@@ -3,7 +3,6 @@
 Hong et al. 2024 (arXiv:2403.07691). Against DPO it drops the reference and the SFT stage before.
 """
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -61,7 +60,3 @@ class ORPO(OfflineAlgorithm):
             **pair_metrics(stats, *inputs.sides(logprobs)),
         }
         return nll + self.beta * odds_ratio, metrics
-
-    def export(self, folder: Path) -> None:
-        """Writes the policy in Hugging Face format."""
-        self.policy.save(folder)

@@ -65,7 +65,6 @@ class PPO(OnlineAlgorithm):
         self.value_coef = check_number("algorithm.value_coef", value_coef, at_least=0)
         self.clip = clip or SymmetricClip()
         self.entropy = entropy or NoEntropy()
-        self.controllers |= {"clip": self.clip, "entropy": self.entropy}
         self.whiten_advantages = check_bool("algorithm.whiten_advantages", whiten_advantages)
         self.whiten_rewards = check_bool("algorithm.whiten_rewards", whiten_rewards)
         self.bootstrap_truncated = check_bool("algorithm.bootstrap_truncated", bootstrap_truncated)
@@ -92,29 +91,16 @@ class PPO(OnlineAlgorithm):
 
     def loss(self, batch: Experience, output: PolicyOutput, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: the combined objective."""
-        mask, bounds = batch.response_mask, self.clip.at(self.progress)
-        losses, clipped = bounds.surrogate(output.logprobs, batch.logprobs, batch.advantages, mask)
-        policy_loss = self.mean(losses, mask)
-        value_loss, value = clipped_value_loss(values, batch.values, batch.returns, mask, bounds.value)
+        mask = batch.response_mask
+        policy_loss, metrics = self.clipped_loss(output.logprobs, batch.logprobs, batch.advantages, mask)
+        bound = self.clip.at(self.progress).value
+        value_loss, value = clipped_value_loss(values, batch.values, batch.returns, mask, bound)
         entropy = masked_mean(output.entropy, mask)
         loss = policy_loss + self.value_coef * value_loss - self.entropy.at(self.progress) * entropy
-        metrics = {
-            "loss/policy": policy_loss.detach(),
+        return loss, {
+            **metrics,
             "loss/value": value_loss.detach(),
             "loss/entropy": -entropy.detach(),
-            "policy/clipfrac": masked_mean(clipped, mask),
             "value/mean": masked_mean(values.detach(), mask),
             "value/clipfrac": value["clipfrac"],
         }
-        return loss, metrics
-
-    def forward_settings(self) -> dict[str, Any]:
-        entropy_grad = self.entropy.at(self.progress) != 0
-        return {**super().forward_settings(), "entropy_grad": entropy_grad, "entropy_top_k": self.entropy.top_k}
-
-    def update_controllers(self, row: dict[str, float]) -> None:
-        super().update_controllers(row)
-        self.entropy.update(row["policy/entropy"])
-
-    def schedule_metrics(self) -> dict[str, float]:
-        return {**super().schedule_metrics(), "entropy/coef": self.entropy.at(self.progress)}

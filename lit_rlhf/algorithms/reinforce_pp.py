@@ -36,7 +36,6 @@ class ReinforcePP(OnlineAlgorithm):
         super().__init__(epochs=epochs, **online)
         self.gamma = check_number("algorithm.gamma", gamma, at_least=0, at_most=1)
         self.clip = clip or SymmetricClip()
-        self.controllers["clip"] = self.clip
 
     def advantages(self, rewards: Tensor, rollout: Rollout, values: None) -> tuple[Tensor, None]:  # noqa: ARG002
         """Stage 5: the discounted reward to go (GAE without a value and with lambda 1), whitened."""
@@ -48,8 +47,4 @@ class ReinforcePP(OnlineAlgorithm):
 
     def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
         """Stage 7: the clipped surrogate of tokens."""
-        mask = batch.response_mask
-        bounds = self.clip.at(self.progress)
-        losses, clipped = bounds.surrogate(output.logprobs, batch.logprobs, batch.advantages, mask)
-        loss = self.mean(losses, mask)
-        return loss, {"loss/policy": loss.detach(), "policy/clipfrac": masked_mean(clipped, mask)}
+        return self.clipped_loss(output.logprobs, batch.logprobs, batch.advantages, batch.response_mask)

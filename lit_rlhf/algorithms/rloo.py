@@ -38,7 +38,6 @@ class RLOO(OnlineAlgorithm):
     def __init__(self, *, clip: Clip | None = None, group_size: int = 4, epochs: int = 1, **online: Any) -> None:
         super().__init__(group_size=group_size, epochs=epochs, **online)
         self.clip = clip or SymmetricClip()
-        self.controllers["clip"] = self.clip
 
     def advantages(self, rewards: Tensor, rollout: Rollout, values: None) -> tuple[Tensor, None]:  # noqa: ARG002
         """Stage 5: a completion's reward less the mean of the others', the same for all its tokens."""
@@ -54,6 +53,4 @@ class RLOO(OnlineAlgorithm):
         mask = batch.response_mask
         new, old = (zero_masked(x, mask).sum(-1, keepdim=True) for x in (output.logprobs, batch.logprobs))
         counts = torch.ones_like(new, dtype=torch.bool)
-        losses, clipped = self.clip.at(self.progress).surrogate(new, old, batch.advantages[:, :1], counts)
-        loss = losses.mean()
-        return loss, {"loss/policy": loss.detach(), "policy/clipfrac": clipped.float().mean()}
+        return self.clipped_loss(new, old, batch.advantages[:, :1], counts)

@@ -4,7 +4,6 @@ Chowdhury et al. 2024 (arXiv:2403.00409). Against conservative DPO, which averag
 the flipped labels add.
 """
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -56,7 +55,3 @@ class RobustDPO(OfflineAlgorithm):
         logprobs = anchored_logprobs(self.policy, self.reference, inputs)
         loss, stats = robust_dpo_loss(*logprobs, self.beta, self.label_smoothing)
         return loss, pair_metrics(stats, *logprobs[:2])
-
-    def export(self, folder: Path) -> None:
-        """Writes the policy in Hugging Face format."""
-        self.policy.save(folder)

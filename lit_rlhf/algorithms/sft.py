@@ -5,7 +5,6 @@ target tokens, token by token, given the tokens before them.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,10 +105,6 @@ class SFT(OfflineAlgorithm):
         if "loss/total" not in means:
             return means
         return {**means, "sft/perplexity": float(torch.tensor(means["loss/total"], dtype=torch.float64).exp())}
-
-    def export(self, folder: Path) -> None:
-        """Writes the policy in Hugging Face format; every process must call it."""
-        self.policy.save(folder)
 
 
 def _columns(batch: Any) -> list[tuple[Any, Any]]:
