@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from lit_rlhf.functional.masked import as_float, same_shape
 
@@ -75,7 +76,36 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
         ValueError: shapes differ.
     """
     same_shape(logits=logits, ref_logits=ref_logits)
-    logp = as_float(logits).log_softmax(-1)
-    logq = as_float(ref_logits).log_softmax(-1)
-    p = logp.exp()
-    return (p * torch.where(p > 0, logp - logq, 0)).sum(-1)
+    return _FullKL.apply(as_float(logits), as_float(ref_logits))
+
+
+class _FullKL(torch.autograd.Function):
+    """The gradients in closed form, which are exactly 0 between equal policies.
+
+    Those that autograd derives are 1e-8 there, from rounding, and Adam makes a full step of any gradient, however
+    small.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, ref_logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, ref_logits)
+        p, _, difference = _FullKL.terms(logits, ref_logits)
+        return (p * difference).sum(-1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        p, q, difference = _FullKL.terms(*ctx.saved_tensors)
+        to_policy, to_reference = ctx.needs_input_grad
+        upstream = upstream.unsqueeze(-1)
+        kl = (p * difference).sum(-1, keepdim=True)
+        return (
+            upstream * p * (difference - kl) if to_policy else None,
+            upstream * (q - p) if to_reference else None,
+        )
+
+    @staticmethod
+    def terms(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p, q, and log p - log q, which is 0 where p is."""
+        logp, logq = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+        p = logp.exp()
+        return p, logq.exp(), torch.where(p > 0, logp - logq, 0)

@@ -112,6 +112,15 @@ def test_full_kl_has_the_gradient_of_the_reverse_kl():
     assert torch.autograd.gradgradcheck(full_kl, (logits, REFERENCE.log()))
 
 
+def test_full_kl_moves_no_policy_that_is_its_reference():
+    # float32, where the gradient that autograd derives is some 1e-9, which Adam would make a full step of
+    logits = torch.randn(4, 1000, generator=torch.manual_seed(0)).requires_grad_()
+    reference = logits.detach().clone().requires_grad_()
+    full_kl(logits, reference).sum().backward()
+    assert (logits.grad == 0).all()
+    assert (reference.grad == 0).all()
+
+
 def test_full_kl_with_banned_tokens():
     banned = torch.tensor([0.0, 0.0, -INF], requires_grad=True)
     # (1/2, 1/2, 0) against (1/4, 1/4, 1/2): log 2; the other way round inf
