@@ -269,6 +269,8 @@ def _notes(run: Run) -> list[str]:
         notes.append("The run has not ended yet; this page shows it up to its newest row.")
     elif run.summary["status"] != "completed":
         notes.append(f"The run ended early: {run.summary['status']}.")
+    elif "stopped_by" in run.summary:
+        notes.append(f"The run was stopped by {run.summary['stopped_by']}.")
     if not run.rows:
         notes.append("No row of metrics has been logged.")
     if not run.config:

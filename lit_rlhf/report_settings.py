@@ -29,6 +29,9 @@ class Member:
         """How it ended; what the job of a multirun noted counts before what its run did."""
         if self.run is None or self.status == "failed":
             return self.status
+        stopped_by = self.run.summary.get("stopped_by")
+        if stopped_by:
+            return f"stopped by {stopped_by}"
         return str(self.run.summary.get("status", self.status or "in progress"))
 
 

@@ -44,7 +44,7 @@ class Sweep(Callback):
         self._threads = threads_per_job(config.hydra.launcher)
         given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         self.fixed = {split_override(o.input_line)[0] for o in given if not o.is_sweep_override()}
-        for earlier in self._folder.rglob(JOB):
+        for earlier in _records(self._folder):
             earlier.unlink()
         Sweep._open = self
 
@@ -56,21 +56,29 @@ class Sweep(Callback):
             import torch
 
             torch.set_num_threads(self._threads)
-        _note(config, status="interrupted")  # what stays of a job that is killed
+        self._note(config, status="interrupted")  # what stays of a job that is killed
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if self._folder is None:
             return
         try:
             value = finite(job_return.return_value)
-            _note(config, status="completed", value=value)
+            self._note(config, status="completed", value=value)
         except Exception as error:
             value = None
-            _note(config, status="failed", error=str(error).strip())
+            self._note(config, status="failed", error=str(error).strip())
             expected = isinstance(error, CompactHydraException) and os.environ.get("HYDRA_FULL_ERROR") != "1"
             log.error("job %s failed: %s", config.hydra.job.num, str(error).strip(), exc_info=not expected)
         # Sweepers raise what a job raised. Without a value, Optuna calls the trial failed; a NaN would end its search.
         job_return.status, job_return.return_value = JobStatus.COMPLETED, value
+
+    def _note(self, config: DictConfig, status: str, value: float | None = None, error: str = "") -> None:
+        hydra = config.hydra
+        overrides = dict(split_override(o) for o in hydra.overrides.task if not o.startswith("~"))  # it has no value
+        job = {"job": hydra.job.num, "overrides": overrides, "status": status, "value": value, "error": error}
+        folder = Path(hydra.runtime.output_dir)
+        job["folder"] = os.path.relpath(folder, self._folder)
+        replace_file(folder / JOB, json.dumps(job, indent=2) + "\n")
 
     def on_multirun_end(self, **_: Any) -> None:
         failed = self._close(share=True)
@@ -143,20 +151,18 @@ def label_job(config: DictConfig, stage: str | None = None) -> None:
     logger.name = logger.name or f"{hydra.job.num} {overrides}"[: 128 - len(end)] + end  # W&B takes no longer ones
 
 
-def _note(config: DictConfig, status: str, value: float | None = None, error: str = "") -> None:
-    hydra = config.hydra
-    overrides = dict(map(split_override, hydra.overrides.task))
-    job = {"job": hydra.job.num, "overrides": overrides, "status": status, "value": value, "error": error}
-    replace_file(Path(hydra.runtime.output_dir) / JOB, json.dumps(job, indent=2) + "\n")
-
-
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
     """What the jobs of a multirun noted, in their order, each with its ``folder`` and its run's ``summary``."""
     jobs = [
         json.loads(path.read_text()) | {"folder": path.parent, "summary": read_summary(path.parent)}
-        for path in folder.rglob(JOB)
+        for path in _records(folder)
     ]
     return sorted(jobs, key=lambda job: job["job"])
+
+
+def _records(folder: Path) -> list[Path]:
+    """The files that the multirun's own jobs noted: other multiruns may lie in folders below."""
+    return [p for p in folder.rglob(JOB) if json.loads(p.read_text())["folder"] == str(p.parent.relative_to(folder))]
 
 
 def write_table(folder: Path, jobs: list[dict[str, Any]]) -> None:

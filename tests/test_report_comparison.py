@@ -61,6 +61,7 @@ def note_job(folder, number, status="completed", error="", **overrides):
     folder.mkdir(parents=True, exist_ok=True)
     named = {key.replace("__", "."): str(value) for key, value in overrides.items()}
     job = {"job": number, "overrides": named, "status": status, "value": None, "error": error}
+    job["folder"] = folder.name
     (folder / "job.json").write_text(json.dumps(job))
 
 
@@ -482,6 +483,17 @@ def test_jobs_that_all_failed_still_make_a_page(tmp_path):
     assert "reason 0" in text
     assert "reason 1" in text
     assert "No run has logged a metric to draw" in text
+
+
+def test_how_a_job_ended_is_what_the_multirun_noted_before_what_its_run_did(tmp_path):
+    for number, (noted, run) in enumerate([("failed", "completed"), ("completed", "completed")]):
+        write_run(tmp_path / str(number), points((1, 0.5)), kl__coef=number + 1, status=run)  # it failed at the upload
+        note_job(tmp_path / str(number), number, noted, kl__coef=number + 1)
+    write_run(tmp_path / "2", points((1, 0.5)), kl__coef=3)
+    write_summary(tmp_path / "2", status="completed", stopped_by="kl.budget")
+    note_job(tmp_path / "2", 2, kl__coef=3)
+    (tmp_path / "sweep.csv").write_text("job\n")
+    assert "1 failed · 1 completed · 1 stopped by kl.budget" in page(build_report(tmp_path)).text
 
 
 def test_a_multirun_that_still_runs_is_shown_as_far_as_it_is(tmp_path):

@@ -204,6 +204,16 @@ def test_a_multirun_again_in_its_folder_has_no_rows_of_the_earlier_one(folder):
     assert columns("job", "status") == [("0", "failed")]
 
 
+def test_a_multirun_leaves_those_in_folders_below_it_alone(folder):
+    for place in ("sweep/earlier", "sweep"):
+        result = sweep("seed=0,1", f"hydra.sweep.dir={place}", "kl.coef=-1")  # fails before it trains
+        assert "2 of 2 jobs failed" in result.err
+    assert columns("job", "folder") == [("0", "0"), ("1", "1")]
+    assert sorted(map(str, Path("sweep/earlier").glob("*/job.json"))) == [
+        "sweep/earlier/0/job.json", "sweep/earlier/1/job.json"
+    ]  # fmt: skip
+
+
 def test_jobs_in_parallel_share_the_threads(module, folder, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
