@@ -10,6 +10,7 @@ from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import clipped_surrogate, kl_estimate
 from lit_rlhf.functional.masked import zero_masked
+from lit_rlhf.schedule import linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ class LinearClip(Clip):
         self.end = check_number("clip.end", end, at_least=0, below=1)
 
     def at(self, progress: float) -> ClipBounds:
-        range = self.start * (1 - progress) + self.end * progress
+        range = linear(self.start, self.end, progress)
         return ClipBounds(low=range, high=range, value=self.value_range)
 
 
@@ -183,11 +184,14 @@ class AdaptiveKLPenalty(Clip):
     """No clipping, but a penalty on KL(old || new) whose weight follows a target: PPO's second variant (section 4).
 
     The loss gains ``weight * KL(old || new)`` per token (arXiv:1707.06347, eq. 8). After each iteration's updates, with
-    d their mean KL per token: ``weight / 2`` if d < target / 1.5, ``weight * 2`` if d > target * 1.5.
+    d their mean KL per token: ``weight / 2`` if d < target / 1.5, ``weight * 2`` if d > target * 1.5; at least
+    ``min_weight``, at most ``max_weight``.
 
     Args:
         target: KL of an iteration's updates, > 0, in nats per token.
-        init_weight: > 0.
+        init_weight: from ``min_weight`` to ``max_weight``.
+        min_weight: > 0. After many small updates, an unbounded weight would be 0, or too small to come back in time.
+        max_weight: the other bound; at an infinite weight nothing would be learned again.
         value_range: see ``Clip``.
 
     Raises:
@@ -201,10 +205,22 @@ class AdaptiveKLPenalty(Clip):
 
     follows_kl = True
 
-    def __init__(self, *, target: float = 0.01, init_weight: float = 1.0, value_range: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        target: float = 0.01,
+        init_weight: float = 1.0,
+        min_weight: float = 1e-3,
+        max_weight: float = 1e3,
+        value_range: float | None = None,
+    ) -> None:
         super().__init__(value_range)
         self.target = check_number("clip.target", target, above=0)
-        self.weight = check_number("clip.init_weight", init_weight, above=0)
+        self.min_weight = check_number("clip.min_weight", min_weight, above=0)
+        self.max_weight = check_number("clip.max_weight", max_weight, above=self.min_weight)
+        self.weight = check_number(
+            "clip.init_weight", init_weight, at_least=self.min_weight, at_most=self.max_weight
+        )
 
     def at(self, progress: float) -> ClipBounds:  # noqa: ARG002 - follows the KL
         return ClipBounds(low=None, high=None, value=self.value_range, penalty=self.weight)
@@ -213,9 +229,9 @@ class AdaptiveKLPenalty(Clip):
         if not math.isfinite(kl):
             raise UserError(f"The KL of the last updates is {kl}: the policy's log-probabilities are non-finite.")
         if kl < self.target / 1.5:
-            self.weight /= 2
+            self.weight = max(self.weight / 2, self.min_weight)
         elif kl > self.target * 1.5:
-            self.weight *= 2
+            self.weight = min(self.weight * 2, self.max_weight)
 
     def state_dict(self) -> dict[str, Any]:
         return {"weight": self.weight}

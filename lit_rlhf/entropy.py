@@ -5,6 +5,7 @@ from typing import Any
 
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.errors import UserError
+from lit_rlhf.schedule import linear
 
 
 class EntropyBonus:
@@ -85,26 +86,21 @@ class LinearEntropy(EntropyBonus):
         self.end = check_number("entropy.end", end, at_least=0)
 
     def at(self, progress: float) -> float:
-        """The weight at ``progress``, which runs from 0 to 1.
-
-        Raises:
-            ValueError: ``progress`` lies outside [0, 1], where the line would go on beyond ``end``.
-        """
-        if not 0 <= progress <= 1:
-            raise ValueError(f"progress={progress} must lie in [0, 1]")
-        return self.start + (self.end - self.start) * progress
+        return linear(self.start, self.end, progress)
 
 
 class TargetEntropy(EntropyBonus):
     """A weight that holds the entropy at a target, as SAC's temperature does (arXiv:1812.05905, section 5).
 
-    After each iteration ``log weight <- log weight + lr * (target - entropy)``, up to ``max_coef``.
+    After each iteration ``log weight <- log weight + lr * (target - entropy)``, between ``min_coef`` and ``max_coef``.
 
     Args:
         target: entropy per token to hold, > 0, in nats.
-        init_coef: the first weight, > 0 (from 0 it could never grow).
+        init_coef: the first weight, from ``min_coef`` to ``max_coef``.
         lr: > 0, per nat.
-        max_coef: > 0, a bound: a weight that is too large drives the policy to noise before the next measurement.
+        min_coef: > 0, the lower bound: from far below, the weight would take as long to come back as it took to get
+            there.
+        max_coef: the upper bound: a weight that is too large drives the policy to noise before the next measurement.
         top_k: see ``EntropyBonus``.
 
     Raises:
@@ -122,13 +118,15 @@ class TargetEntropy(EntropyBonus):
         target: float,
         init_coef: float = 0.001,
         lr: float = 0.1,
+        min_coef: float = 1e-5,
         max_coef: float = 0.1,
         top_k: int | None = None,
     ) -> None:
         super().__init__(top_k)
         self.target = check_number("entropy.target", target, above=0)
-        self.max_coef = check_number("entropy.max_coef", max_coef, above=0)
-        self.coef = check_number("entropy.init_coef", init_coef, above=0, at_most=self.max_coef)
+        self.min_coef = check_number("entropy.min_coef", min_coef, above=0)
+        self.max_coef = check_number("entropy.max_coef", max_coef, above=self.min_coef)
+        self.coef = check_number("entropy.init_coef", init_coef, at_least=self.min_coef, at_most=self.max_coef)
         self.lr = check_number("entropy.lr", lr, above=0)
 
     def at(self, progress: float) -> float:  # noqa: ARG002 - follows the entropy
@@ -137,7 +135,9 @@ class TargetEntropy(EntropyBonus):
     def update(self, entropy: float) -> None:
         if not math.isfinite(entropy):
             raise UserError(f"The measured entropy is {entropy}: the policy's logits have become non-finite.")
-        self.coef = min(self.coef * math.exp(self.lr * (self.target - entropy)), self.max_coef)
+        step = self.lr * (self.target - entropy)
+        bounds = math.log(self.min_coef), math.log(self.max_coef)
+        self.coef = math.exp(min(max(math.log(self.coef) + step, bounds[0]), bounds[1]))
 
     def state_dict(self) -> dict[str, Any]:
         return {"coef": self.coef}

@@ -4,6 +4,7 @@ import math
 
 from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
+from lit_rlhf.schedule import linear
 
 #: Where a penalty is charged, and the estimates that are right there.
 PLACES = {
@@ -118,7 +119,7 @@ class LinearKL(KLPenalty):
         self.end = check_number("kl.end", end, at_least=0)
 
     def at(self, progress: float) -> float:
-        return self.start + (self.end - self.start) * progress
+        return linear(self.start, self.end, progress)
 
 
 class AdaptiveKL(KLPenalty):

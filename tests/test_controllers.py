@@ -152,7 +152,9 @@ def test_bounds_cannot_be_changed_behind_the_loss():
         (lambda: DualClip(dual=1.0), r"clip\.dual .*above 1, got 1\.0"),
         (lambda: NoClip(value_range=0), r"clip\.value_range .*got 0"),
         (lambda: AdaptiveKLPenalty(target=0), r"clip\.target .*above 0, got 0"),
-        (lambda: AdaptiveKLPenalty(init_weight=-1), r"clip\.init_weight .*above 0, got -1"),
+        (lambda: AdaptiveKLPenalty(init_weight=-1), r"clip\.init_weight .*at least 0\.001 and at most 1000, got -1"),
+        (lambda: AdaptiveKLPenalty(min_weight=0), r"clip\.min_weight .*above 0, got 0"),
+        (lambda: AdaptiveKLPenalty(min_weight=2, max_weight=1), r"clip\.max_weight .*above 2, got 1"),
     ],
 )
 def test_impossible_clip_ranges_are_refused_with_their_value(build, message):
@@ -184,6 +186,14 @@ def test_the_penalty_on_the_update_halves_and_doubles_around_its_target():
         clip.update(NAN)
 
 
+def test_the_penalty_on_the_update_comes_back_from_its_bounds():
+    clip = AdaptiveKLPenalty(target=0.03, min_weight=0.25, max_weight=4)
+    for measured, weight in ((0.0, 0.25), (1e6, 4.0)):
+        for _ in range(2000):  # more halvings and doublings than a float has
+            clip.update(measured)
+        assert clip.at(0.0).penalty == weight
+
+
 # ---- entropy -------------------------------------------------------------------------------------------------
 
 
@@ -198,10 +208,11 @@ def test_linear_entropy_runs_from_start_to_end():
     assert LinearEntropy(start=0.0, end=0.01).at(0.5) == pytest.approx(0.005)
 
 
+@pytest.mark.parametrize("schedule", [LinearKL, LinearClip, LinearEntropy])
 @pytest.mark.parametrize("progress", [-0.1, 1.1, NAN])
-def test_linear_entropy_does_not_go_on_beyond_its_ends(progress):
+def test_no_line_goes_on_beyond_its_ends(schedule, progress):
     with pytest.raises(ValueError, match=r"progress=.* must lie in \[0, 1\]"):
-        LinearEntropy(start=0.04, end=0.0).at(progress)
+        schedule(start=0.04, end=0.0).at(progress)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +223,8 @@ def test_linear_entropy_does_not_go_on_beyond_its_ends(progress):
         (lambda: LinearEntropy(start=0, end=NAN), r"entropy\.end .*got nan"),
         (lambda: ConstantEntropy(top_k=1), r"entropy\.top_k .*at least 2, got 1"),
         (lambda: TargetEntropy(target=0), r"entropy\.target .*above 0, got 0"),
-        (lambda: TargetEntropy(target=1, init_coef=0), r"entropy\.init_coef .*above 0 .*, got 0"),
+        (lambda: TargetEntropy(target=1, init_coef=0), r"entropy\.init_coef .*at least 1e-05 and at most 0\.1, got 0"),
+        (lambda: TargetEntropy(target=1, min_coef=0), r"entropy\.min_coef .*above 0, got 0"),
         (lambda: TargetEntropy(target=1, lr=-1), r"entropy\.lr .*got -1"),
         (lambda: TargetEntropy(target=1, max_coef=0), r"entropy\.max_coef .*got 0"),
     ],
@@ -232,6 +244,16 @@ def test_a_target_entropy_moves_the_logarithm_of_its_weight_by_the_difference():
     resumed.load_state_dict(entropy.state_dict())
     assert resumed.at(0.0) == entropy.at(0.0)
     entropy.update(-100.0)
-    assert entropy.at(0.0) == 0.05
+    assert entropy.at(0.0) == pytest.approx(0.05)
     with pytest.raises(UserError, match="measured entropy is nan"):
         entropy.update(NAN)
+
+
+def test_the_weight_of_the_entropy_comes_back_from_its_bounds():
+    entropy = TargetEntropy(target=2.0, init_coef=0.01, lr=1.0, min_coef=0.001, max_coef=0.1)
+    for measured, coef in ((1e6, 0.001), (-1e6, 0.1)):  # by exp(+-1e6), which no float holds
+        for _ in range(3):
+            entropy.update(measured)
+        assert entropy.at(0.0) == pytest.approx(coef)
+    entropy.update(2.0 + math.log(10))
+    assert entropy.at(0.0) == pytest.approx(0.01)

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -103,6 +102,8 @@ class Algorithm(L.LightningModule):
     shardable = True
     #: Whether weights that train get no gradient from the loss.
     leaves_weights_out = False
+    #: The config key that ended the run before its bound, if one did.
+    stopped_by: str | None = None
     #: The policy that the run starts from, where it is compared with.
     reference: Reference | None = None
 
@@ -131,15 +132,15 @@ class Algorithm(L.LightningModule):
         """The x axes of every row: iteration, episode, tokens."""
         raise NotImplementedError
 
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run.
+    def total_steps(self) -> int | None:
+        """Optimiser steps of the whole run; None where ``max_time`` alone ends it.
 
         Not ``trainer.estimated_stepping_batches``: that loads the dataloader before a resume has restored its state.
         """
         by_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
         epochs = self.trainer.max_epochs if self.trainer.max_epochs and self.trainer.max_epochs > 0 else None
         bounds = [b for b in (by_steps, epochs and epochs * self.steps_per_epoch()) if b]
-        return min(bounds, default=sys.maxsize)  # bounded by time alone: a schedule over steps stays at its start
+        return min(bounds, default=None)
 
     def steps_per_epoch(self) -> int:
         raise NotImplementedError
@@ -156,14 +157,15 @@ class Algorithm(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         try:
             optimizer = self.optimizer_factory(self.optimized_parameters())
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, IndexError) as error:
             raise UserError(f"config key 'optimizer': {error}") from error
         takes_steps = "num_training_steps" in inspect.signature(self.scheduler_factory).parameters
         steps = {"num_training_steps": self.total_steps()} if takes_steps else {}
         try:
             scheduler = self.scheduler_factory(optimizer=optimizer, **steps)
         except (TypeError, ValueError) as error:
-            raise UserError(f"config key 'scheduler': {error}") from error
+            unbounded = " Set trainer.max_epochs or trainer.max_steps." if steps == {"num_training_steps": None} else ""
+            raise UserError(f"config key 'scheduler': {error}{unbounded}") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -258,8 +260,15 @@ class Algorithm(L.LightningModule):
         self.trainer.fit_loop._data_source = type(source)(self, "train_dataloader")
 
     def user_loader(self) -> Any:
-        """The train loader that the user gave to ``fit``."""
-        return self._user_source.dataloader()
+        """The train loader that the user gave to ``fit``.
+
+        Raises:
+            UserError: there is none.
+        """
+        loader = self._user_source.dataloader()
+        if loader is None:
+            raise UserError(f"{type(self._user_source.instance).__name__}.train_dataloader() returns None")
+        return loader
 
     def on_train_start(self) -> None:
         """Cuts what was logged after the checkpoint that this run continues from; takes up its gradients."""

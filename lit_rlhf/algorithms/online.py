@@ -136,6 +136,7 @@ class OnlineAlgorithm(Algorithm):
         self.loader: RolloutLoader | None = None
         self._loader_state: dict[str, Any] | None = None
         self.iteration = 0
+        self.last_kl = 0.0  # of the newest iteration, in nats per completion
         self.tokens = 0
         self.pending: dict[str, float] = {}  # metrics of the iteration under way, its samples, its validation
         self.samples: list[dict[str, Any]] = []
@@ -369,6 +370,8 @@ class OnlineAlgorithm(Algorithm):
         """Stage 8, the end of an iteration: the KL controller, counters, the row of metrics, the samples."""
         if self.loader.position < len(self.loader):
             return  # max_steps ended the run inside the iteration; a run with more steps goes on from here
+        if spent := self.kl.budget is not None and self.pending["objective/kl"] > self.kl.budget:
+            self.trainer.should_stop = True  # already here: then this iteration is the last to be validated
         self._validate_if_missed()
         row = {"policy/early_stopped": 0.0, **self.pending, **self.means.compute(), **self.schedule_metrics()}
         row["optim/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
@@ -381,10 +384,16 @@ class OnlineAlgorithm(Algorithm):
         samples, self.samples, self.pending = self.samples, [], {}
         self.log_row(row)
         self.call_hook("on_samples", self.iteration, samples)
-        if self.kl.budget is not None and row["objective/kl"] > self.kl.budget:
-            self.trainer.should_stop = True
-            log.warning("iteration %d: the KL, %.3g nats, is over kl.budget=%g: the run stops", self.iteration,
-                        row["objective/kl"], self.kl.budget)  # fmt: skip
+        self.last_kl = row["objective/kl"]
+        if spent:
+            self.stop_over_budget()
+
+    def stop_over_budget(self) -> None:
+        """Ends the run because its KL is over the budget; a resumed run that has spent it trains no further."""
+        self.trainer.should_stop = True
+        self.stopped_by = "kl.budget"
+        log.warning("iteration %d: the KL, %.3g nats, is over kl.budget=%g: the run stops", self.iteration,
+                    self.last_kl, self.kl.budget)  # fmt: skip
 
     @property
     def controllers(self) -> dict[str, Any]:
@@ -429,8 +438,9 @@ class OnlineAlgorithm(Algorithm):
 
     @property
     def progress(self) -> float:
-        """The share of the run's optimiser steps that is done, in [0, 1]."""
-        return min(1.0, self.trainer.global_step / max(1, self.total_steps()))
+        """The share of the run's optimiser steps that is done, in [0, 1]; 0 where their number is not known."""
+        total = self.total_steps()
+        return 0.0 if total is None else min(1.0, self.trainer.global_step / max(1, total))
 
     # ---- validation -----------------------------------------------------------------------------------------------
 
@@ -467,10 +477,13 @@ class OnlineAlgorithm(Algorithm):
         """Runs a validation that is due now and that the fit loop passed over.
 
         It validates after the last batch that it expects, which never comes when updates stop early, and which is not
-        repeated when a run resumes right behind it.
+        repeated when a run resumes right behind it. It passes over the last iteration, too, unless that is a multiple
+        of `check_val_every_n_epoch`: then a run's last held-out values would be those of an earlier policy.
         """
         trainer, every = self.trainer, self.trainer.check_val_every_n_epoch
-        due = trainer.enable_validation and every is not None and (self.iteration + 1) % every == 0
+        bounds = ((trainer.max_epochs, self.iteration + 1), (trainer.max_steps, trainer.global_step))
+        last = trainer.should_stop or any(bound and 0 < bound <= done for bound, done in bounds)
+        due = trainer.enable_validation and every is not None and (last or (self.iteration + 1) % every == 0)
         if due and not any(name.startswith("val/") for name in self.pending):
             self.run_validation()
 
@@ -499,6 +512,13 @@ class OnlineAlgorithm(Algorithm):
                     f"trainer.{name}={value} would cut an iteration, which is one epoch of an online algorithm, short; "
                     "set trainer.max_epochs, trainer.check_val_every_n_epoch or algorithm.rollout_batch_size instead"
                 )
+        if stage == "fit" and self.total_steps() is None:
+            for name, controller in self.controllers.items():
+                if controller.at(0.0) != controller.at(1.0):
+                    raise UserError(
+                        f"{name} changes over the whole run, and trainer.max_time alone does not say how long that is; "
+                        "set trainer.max_epochs or trainer.max_steps as well"
+                    )
         self.reference = self.reference.to(self.trainer.strategy.root_device)
         for judge in (self.reward, self.gold):
             freeze(judge, self.trainer.strategy.root_device)
@@ -537,12 +557,15 @@ class OnlineAlgorithm(Algorithm):
         if self.loader.experience is not None and self.loader.position >= len(self.loader) and not stopped:
             # The checkpoint was written after an iteration's last step and before its end, which Lightning skips.
             self.finish_iteration()
+        elif self.kl.budget is not None and self.last_kl > self.kl.budget:
+            self.stop_over_budget()
 
     def state(self) -> dict[str, Any]:
         return {
             "loader": None if self.loader is None else self.loader.state_dict(),
             "iteration": self.iteration,
             "tokens": self.tokens,
+            "last_kl": self.last_kl,
             "pending": dict(self.pending),
             "samples": list(self.samples),
             "minibatch_kl": self.minibatch_kl.state(),
@@ -555,7 +578,7 @@ class OnlineAlgorithm(Algorithm):
     def load_state(self, state: dict[str, Any]) -> None:
         require_same_reference(state["reference"], self.reference_id)
         self._loader_state = state["loader"]
-        self.iteration, self.tokens = state["iteration"], state["tokens"]
+        self.iteration, self.tokens, self.last_kl = state["iteration"], state["tokens"], state["last_kl"]
         self.pending, self.samples = dict(state["pending"]), list(state["samples"])
         self.minibatch_kl.load_state(state["minibatch_kl"])
         for name, controller in self.controllers.items():

@@ -1,13 +1,15 @@
 """PPO through a real Trainer on tiny models: a test for every known way of getting it wrong."""
 
 import copy
+import functools
 import math
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from ppo_runs import fit, make, rollout_of, sgd, tokens_of
 from tiny import LORA, Prompts, letters, tiny_model, tiny_policy
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, get_scheduler
 
 from lit_rlhf.algorithms import PPO
 from lit_rlhf.clip import AdaptiveKLPenalty, AsymmetricClip, DualClip, LinearClip, NoClip, SymmetricClip
@@ -393,7 +395,51 @@ def test_a_kl_budget_stops_the_run_after_the_iteration_that_exceeds_it(trainer, 
     assert spent[0] == 0 < spent[1]
     rows = fit(trainer, make(lr=0.5, kl=FixedKL(estimator="k3", budget=1e-6)), max_epochs=4).rows
     assert len(rows) == 2
+    rows = fit(trainer, make(lr=0.5, kl=FixedKL(estimator="k3")), max_epochs=4).rows
+    measured = [row["objective/kl"] for row in rows]
+    just_below = FixedKL(estimator="k3", budget=0.99 * max(measured))
+    assert len(fit(trainer, make(lr=0.5, kl=just_below), max_epochs=4).rows) == measured.index(max(measured)) + 1
     assert "kl.budget=1e-06: the run stops" in caplog.text
+
+
+def test_a_run_that_its_budget_ended_goes_on_with_a_larger_one_alone(trainer, tmp_path):
+    def fit_with(budget, ckpt_path=None):
+        checkpoint = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+        ppo = make(lr=0.5, kl=FixedKL(estimator="k3", budget=budget))
+        settings = {"callbacks": [checkpoint], "enable_checkpointing": True}
+        rows = fit(trainer, ppo, max_epochs=4, ckpt_path=ckpt_path, **settings).rows
+        return [row["iteration"] for row in rows], ppo.stopped_by
+
+    assert fit_with(1e-6) == ([1, 2], "kl.budget")
+    assert fit_with(1e-6, tmp_path / "last.ckpt") == ([], "kl.budget")
+    assert fit_with(1e6, tmp_path / "last.ckpt") == ([3, 4], None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "validated"),
+    [({"max_epochs": 3}, [2, 3]), ({"max_epochs": -1, "max_steps": 12}, [2, 3]), ({"max_epochs": 9}, [2, 3])],
+)
+def test_the_last_iteration_is_validated_whatever_ends_the_run(trainer, settings, validated):
+    stop = settings["max_epochs"] == 9
+    kl = FixedKL(coef=0.0, estimator="k3", budget=1e-9 if stop else None)
+    ppo = make(lr=0.5 if stop else 0.05, kl=kl)
+    data = Prompts()
+    data.val_dataloader = data.train_dataloader
+    rows = fit(trainer, ppo, data=data, check_val_every_n_epoch=2, **settings).rows
+    assert [row["iteration"] for row in rows if "val/objective/kl" in row] == ([2] if stop else validated)
+
+
+def test_a_schedule_without_a_length_is_refused(trainer):
+    line = {"start": 0.4, "end": 0.0}
+    for part in ({"kl": LinearKL(**line)}, {"clip": LinearClip(**line)}, {"entropy": LinearEntropy(**line)}):
+        message = rf"{next(iter(part))} changes .* trainer\.max_time .* set trainer\.max_epochs"
+        with pytest.raises(UserError, match=message):
+            fit(trainer, make(**part), max_epochs=-1, max_time="00:00:00:01")
+    linear = functools.partial(get_scheduler, "linear", num_warmup_steps=0)
+    with pytest.raises(UserError, match=r"'scheduler': .*num_training_steps.* Set trainer\.max_epochs"):
+        fit(trainer, make(scheduler=linear), max_epochs=-1, max_time="00:00:00:01")
+    constant = functools.partial(get_scheduler, "constant_with_warmup", num_warmup_steps=0)
+    assert fit(trainer, make(scheduler=constant), max_epochs=-1, max_time="00:00:00:01").rows
 
 
 def test_schedules_run_over_the_whole_run(trainer):

@@ -59,8 +59,8 @@ def run(folder, ppo, *, until=6, ckpt_path=None, every_n_train_steps=None, stop=
     trainer = L.Trainer(
         accelerator="cpu", default_root_dir=folder, logger=CSVLogger(save_dir=folder), enable_progress_bar=False,
         callbacks=[checkpoints, Samples(every_n_iterations=1, max_samples=4), *([stop] if stop else [])],
-        enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=2,
-        **{"max_epochs": until, **settings},
+        enable_model_summary=False, num_sanity_val_steps=0,
+        **{"max_epochs": until, "check_val_every_n_epoch": 2, **settings},
     )  # fmt: skip
     try:
         trainer.fit(ppo, datamodule=Prompts(validation=True), ckpt_path=ckpt_path)
@@ -90,9 +90,10 @@ def assert_same(one, two, folder_one, folder_two):
 
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_three_and_three_iterations_equal_six(tmp_path, lora):
-    whole = run(tmp_path / "whole", make(lora))
-    run(tmp_path / "split", make(lora), until=3)
-    resumed = run(tmp_path / "split", make(lora), ckpt_path=tmp_path / "split/checkpoints/last.ckpt")
+    each = {"check_val_every_n_epoch": 1}  # a run's last iteration is validated in any case
+    whole = run(tmp_path / "whole", make(lora), **each)
+    run(tmp_path / "split", make(lora), until=3, **each)
+    resumed = run(tmp_path / "split", make(lora), ckpt_path=tmp_path / "split/checkpoints/last.ckpt", **each)
     assert resumed.iteration == 6
     assert [int(row["iteration"]) for row in written(tmp_path / "split")[0]] == [1, 2, 3, 4, 5, 6]
     assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
@@ -120,9 +121,10 @@ def test_resume_is_exact_when_max_steps_bounds_the_run(tmp_path, steps):
 
 @pytest.mark.parametrize("steps", [6, 7, 9])
 def test_a_run_that_max_steps_ended_extends_exactly_to_all_its_iterations(tmp_path, steps):
-    whole = run(tmp_path / "whole", make(), until=4)
-    run(tmp_path / "split", make(), until=4, max_steps=steps)
-    resumed = run(tmp_path / "split", make(), until=4, ckpt_path=tmp_path / "split/checkpoints/last.ckpt")
+    bounds = {"until": 4, "check_val_every_n_epoch": 1}  # a run's last iteration is validated in any case
+    whole = run(tmp_path / "whole", make(), **bounds)
+    run(tmp_path / "split", make(), max_steps=steps, **bounds)
+    resumed = run(tmp_path / "split", make(), ckpt_path=tmp_path / "split/checkpoints/last.ckpt", **bounds)
     assert resumed.trainer.global_step == 24
     assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
 
