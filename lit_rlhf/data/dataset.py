@@ -208,6 +208,10 @@ def read_files(format: str, key: str, path: str | list[str]) -> list[Table]:
             # Escaped, for `datasets` would take a name with brackets for a pattern
             rows = _load(f"{key}: {file}", format, data_files=glob.escape(str(file)), split="train")
             columns = rows.column_names
+            if "__index_level_0__" in columns:  # to pandas, a field before the header's first is the row's name
+                raise UserError(
+                    f"{key}: the rows of {file} have more fields than its header; a text with a comma needs quotes"
+                )
         if not len(rows):
             raise UserError(f"{key}: {file} has no rows")
         tables.append(Table(str(file), rows, columns))

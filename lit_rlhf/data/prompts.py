@@ -38,18 +38,19 @@ class ListPrompts(PromptsData):
     ) -> None:
         super().__init__(batch_size=batch_size, shuffle=shuffle)
         if not isinstance(prompts, list) or not prompts:
-            raise UserError(f"prompts={prompts!r}: must be a list of at least one prompt")
+            raise UserError(f"data.prompts must be a list of at least one prompt, got {prompts!r}")
         kind = type(prompts[0])
         for number, prompt in enumerate(prompts):
             if problem := prompt_problem(prompt):
-                raise UserError(f"prompt {number} {problem}")
+                raise UserError(f"data.prompts[{number}] {problem}")
             if type(prompt) is not kind:
-                raise UserError(f"prompt {number} is a {type(prompt).__name__}, prompt 0 a {kind.__name__}")
+                other = type(prompt).__name__
+                raise UserError(f"data.prompts[{number}] is a {other}, data.prompts[0] a {kind.__name__}")
         for name, column in (columns or {}).items():
             if name == "prompt":
-                raise UserError("a column cannot be called 'prompt'")
+                raise UserError("data.columns.prompt: a column cannot be called 'prompt'")
             if len(column) != len(prompts):
-                raise UserError(f"the column {name!r} has {len(column)} entries for {len(prompts)} prompts")
+                raise UserError(f"data.columns.{name} has {len(column)} entries for {len(prompts)} prompts")
         table = {"prompt": prompts, **(columns or {})}
         self.train_rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
         self.held_out_rows = self.train_rows
@@ -62,10 +63,20 @@ def prompt_problem(prompt: Any) -> str | None:
     (None, 'is empty', "has a message without role and content: {'role': 'user'}")
     """
     if isinstance(prompt, str):
-        return None if prompt.strip() else "is empty"
+        return _text_problem(prompt) if prompt.strip() else "is empty"
     if not isinstance(prompt, list) or not prompt:
         return f"is neither a text nor a list of messages: {prompt!r}"
     for message in prompt:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             return f"has a message without role and content: {message!r}"
-    return None if any(message["content"].strip() for message in prompt) else "is empty"
+    if not any(message["content"].strip() for message in prompt):
+        return "is empty"
+    return next(filter(None, (_text_problem(message["content"]) for message in prompt)), None)
+
+
+def _text_problem(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"has half a character, {text[error.start]!r}, which no tokenizer reads"
+    return None

@@ -35,6 +35,8 @@ def split_rows(batch: Any) -> list[Row]:
     if "prompt" not in batch and "attention_mask" not in batch:
         raise UserError("the dataloader's batches have 'input_ids' without 'attention_mask': which tokens count?")
     key = "prompt" if "prompt" in batch else "input_ids"
+    if isinstance(batch[key], str) or getattr(batch[key], "ndim", 2) == 1:
+        raise UserError(f"the dataloader yields single rows ('{key}' is not a list); give it a batch_size")
     if is_transposed(batch[key]):
         raise UserError(
             "the batch holds chats that the default collate function of a DataLoader has turned inside out; give it "
@@ -177,7 +179,8 @@ def render(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
         )
     if tokenizer.chat_template is None:
         raise UserError(
-            "the prompts are chats, but the policy's tokenizer has no chat template; use texts or another policy"
+            "the prompts of data are chats, but the tokenizer of policy has no chat template; use prompts that are "
+            "texts, or a policy that was made for chats"
         )
     return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 

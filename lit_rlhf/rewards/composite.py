@@ -15,7 +15,8 @@ class CompositeReward(RewardGroup):
 
     Args:
         rewards: name -> reward. A reward that itself has several components counts with their total.
-        weights: name -> weight, one for each reward; a negative weight is a penalty.
+        weights: name -> weight, one for each reward; a negative weight is a penalty. A reward whose node and weight are
+            null is left out: so an experiment takes one away that the config has.
 
     Raises:
         UserError: no rewards, a weight without a reward, a reward without a weight, or a weight that is no number.
@@ -24,9 +25,13 @@ class CompositeReward(RewardGroup):
     name = "composite"
 
     def __init__(self, *, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
-        super().__init__(rewards)
         if not isinstance(weights, Mapping):
             raise UserError(f"reward.weights must give every reward its weight, got {weights!r}")
+        if isinstance(rewards, Mapping):
+            left_out = {name for name, reward in rewards.items() if reward is None and weights.get(name) is None}
+            rewards = {name: reward for name, reward in rewards.items() if name not in left_out}
+            weights = {name: weight for name, weight in weights.items() if name not in left_out}
+        super().__init__(rewards)
         if unknown := sorted(set(weights) - set(rewards)):
             raise UserError(f"reward.weights.{unknown[0]}: there is no such reward; they are {', '.join(rewards)}")
         if missing := sorted(set(rewards) - set(weights)):

@@ -29,13 +29,13 @@ class RewardGroup:
     place = "reward.rewards."
 
     def __init__(self, rewards: Mapping[str, Reward]) -> None:
-        if not rewards:
-            raise UserError(f"reward.rewards is empty: {type(self).__name__} needs at least one")
+        if not isinstance(rewards, Mapping) or not rewards:
+            raise UserError(f"reward.rewards must be a mapping of at least one name to its reward, got {rewards!r}")
         for name, reward in rewards.items():
-            if {"/", "."} & set(name) or name in self.reserved:
+            if not isinstance(name, str) or {"/", "."} & set(name) or name in self.reserved:
                 raise UserError(
-                    f"{self.place}{name}: a reward of {type(self).__name__} must have another name; without '/' and "
-                    f"'.'{''.join(f', not {taken}' for taken in self.reserved)}"
+                    f"{self.place}{name}: a reward of {type(self).__name__} must have another name, a text without '/' "
+                    f"and '.'{''.join(f', not {taken}' for taken in self.reserved)}"
                 )
             if not callable(reward):
                 raise UserError(f"{self.place}{name} must be a reward, got {reward!r}")

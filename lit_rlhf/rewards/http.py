@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
-from lit_rlhf.checks import check_int, check_number
+from lit_rlhf.checks import check_int, check_number, check_text
 from lit_rlhf.errors import UserError
 
 FIRST_WAIT = 0.5  # seconds before the second try; doubled before each further one
@@ -65,7 +65,7 @@ class JsonClient:
         self._timeout = check_number("reward.timeout", timeout, above=0)
         self._tries = check_int("reward.retries", retries, at_least=0) + 1
         self._max_bytes = check_int("reward.max_bytes", max_bytes, at_least=1)
-        self._token_env = token_env
+        self._token_env = None if token_env is None else check_text("reward.token_env", token_env)
         self._token()
         self._jitter = random.Random()  # its own: the global one is part of what a resumed run repeats
 

@@ -45,6 +45,7 @@ class PrefixReward(RewardGroup):
         places = [
             (row, end)
             for row, ids in enumerate(completion_ids)
+            if len(ids)  # else there is no token to pay
             for end in sorted({*range(self.every, len(ids), self.every), len(ids)})
         ]
         # The whole completion as it is: a tokenizer may decode a part of it with other blanks.

@@ -43,7 +43,8 @@ class RemoteReward:
         columns: Sequence[str] = (),
         token_env: str | None = None,
     ) -> None:
-        if isinstance(columns, str) or {"prompts", "completions"} & set(columns):
+        listed = isinstance(columns, Sequence) and not isinstance(columns, str)
+        if not listed or {"prompts", "completions"} & set(columns):
             raise UserError(
                 f"reward.columns={columns!r} must be a list of columns; prompts and completions are sent anyway"
             )

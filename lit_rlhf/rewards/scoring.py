@@ -130,7 +130,8 @@ def require_columns(key: str, reward: Reward, columns: Mapping[str, Any]) -> Non
     if missing := sorted(set(required_columns(reward)) - set(columns)):
         has = f"their columns are {', '.join(sorted(columns))}" if columns else "they have no columns"
         raise UserError(
-            f"config key '{key}': {reward_name(reward)} reads the column '{missing[0]}' of the prompts, but {has}"
+            f"config key '{key}': {reward_name(reward)} reads the column '{missing[0]}' of the prompts, but {has} (a "
+            "reward gets prompts=, completions= and each column by its name)"
         )
 
 

@@ -246,6 +246,7 @@ def test_bad_arguments_are_refused_by_name(arguments, message):
         ({"path": "blank.jsonl"}, "data.path: blank.jsonl has no rows"),
         ({"format": "csv", "path": "header.csv"}, "data.path: header.csv has no rows"),
         ({"format": "csv", "path": "bad.csv"}, "data.path: bad.csv cannot be loaded: .*Expected 2 fields in line 3"),
+        ({"format": "csv", "path": "comma.csv"}, "data.path: the rows of comma.csv have more fields than .* quotes"),
         ({"format": "parquet", "path": "bad.csv"}, "data.path: bad.csv cannot be loaded: .*Parquet"),
     ],
 )
@@ -255,6 +256,7 @@ def test_files_that_cannot_be_used_are_named_with_their_key(arguments, message, 
     write("empty.jsonl")
     write("blank.jsonl", "", "")
     Path("header.csv").write_text("prompt,answer\n")
+    Path("comma.csv").write_text("prompt,answer\nHello, world,3\nWell, now,4\n")
     Path("bad.csv").write_text("prompt,answer\nx,1\ny,2,3\n")
     with pytest.raises(UserError, match=message):
         ready(**{"path": "good.jsonl", **arguments})

@@ -62,10 +62,17 @@ class TestComposite:
         assert required_columns(reward) == ["wanted"]
         assert score(reward, [""], ["x"], {"wanted": [5.0]}).total.tolist() == [15]
 
+    def test_a_member_that_is_null_is_left_out(self):
+        rewards = {"ones": lambda prompts, completions: [1.0] * len(completions), "not_here": None}
+        composite = CompositeReward(rewards=rewards, weights={"ones": 2.0, "not_here": None})
+        assert list(composite.rewards) == ["ones"]
+        with pytest.raises(UserError, match=r"reward\.rewards\.not_here must be a reward, got None"):
+            CompositeReward(rewards=rewards, weights={"ones": 2.0, "not_here": 1.0})
+
     @pytest.mark.parametrize(
         ("rewards", "weights", "message"),
         [
-            ({}, {}, "reward.rewards is empty"),
+            ({}, {}, "reward.rewards must be a mapping of at least one name to its reward, got {}"),
             ({"a": ones}, {"a": 1, "b": 1}, r"reward.weights.b: there is no such reward; they are a"),
             ({"a": ones, "b": ones}, {"a": 1}, r"reward.weights.b is missing"),
             ({"a": ones}, None, r"reward.weights must give .* got None"),
