@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_rlhf.config_types import check_types
 from lit_rlhf.errors import UserError
-from lit_rlhf.overrides import drop_keys_not_given, replace_parts
+from lit_rlhf.imports import find
+from lit_rlhf.overrides import CHOSEN, drop_keys_of_others, part_of, replace_parts
 from lit_rlhf.sweep import Sweep
 
 _PACKAGE = Path(__file__).parent
@@ -38,7 +39,11 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         @functools.wraps(task)
         def guarded(config: DictConfig) -> Any:
             try:
-                drop_keys_not_given(config, list(HydraConfig.get().overrides.task))
+                hydra = HydraConfig.get()
+                overrides = list(hydra.overrides.task)
+                preset = [override for override in overrides if override.startswith("experiment=")]
+                given = [override for override in overrides if override not in preset]
+                drop_keys_of_others(config, hydra.job.config_name, hydra.runtime.choices, preset, given)
                 return task(config)
             except (UserError, OmegaConfBaseException) as error:
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -54,7 +59,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 refuse_no_member(sys.argv[1:])
             except UserError as error:
                 sys.exit(f"\n{error}")
-            sys.argv[1:] = replace_parts(sys.argv[1:])
+            sys.argv[1:] = replace_parts([argument for argument in sys.argv[1:] if argument not in _NO_MEMBER])
             try:
                 run()
             except BaseException:
@@ -66,14 +71,28 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     return decorate
 
 
+#: The groups that need no member.
+_OPTIONAL = ("experiment", "hparams_search", "debug")
+_NO_MEMBER = tuple(f"{group}=null" for group in _OPTIONAL)  # what the configs say, and Hydra refuses
+
+
 def refuse_no_member(overrides: list[str]) -> None:
-    """Raises UserError for ``reward=null``: Hydra has only a traceback for it."""
+    """Raises UserError for ``reward=null`` and ``kl=0.1``, for which Hydra has only tracebacks, and for ``~kl``.
+
+    Without a part, a run would take what the code has by default, and no config would show it.
+    """
     for override in overrides:
-        key, given, value = override.lstrip("+").partition("=")
+        key, given, value = override.lstrip("+~").partition("=")
         folder = CONFIG_DIR / key.partition("@")[0]
-        if given and value.strip() in ("null", "") and folder.is_dir():
-            members = sorted(path.stem for path in folder.glob("*.yaml"))
-            raise UserError(f"{override}: the group has no such member, but {', '.join(members)}")
+        part = part_of(override)
+        if not folder.is_dir() or key in _OPTIONAL:
+            continue
+        members = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        if given and re.fullmatch(r"null|[-+.\d]*", value.strip()):
+            raise UserError(f"{override}: the group {key} has no such member, but {members}")
+        own = any(part_of(other) == part for other in overrides if not other.startswith("~"))
+        if override.startswith("~") and part in CHOSEN and not own:
+            raise UserError(f"{override}: a run needs its {part}; choose one of {members}")
 
 
 def instantiate(node: Any, key: str, **objects: Any) -> Any:
@@ -87,15 +106,19 @@ def instantiate(node: Any, key: str, **objects: Any) -> Any:
     """
     if node is None or (isinstance(node, DictConfig) and not node):
         return None
+    if missing := OmegaConf.missing_keys(node):
+        raise UserError(f"{key}.{min(missing)} has no value; give it one: {key}.{min(missing)}=...")
     if taken := sorted(set(objects) & set(node)):
         raise UserError(f"nobody reads the config key {key}.{taken[0]}: it comes from elsewhere in the config")
+    plain = _plain(node)
+    _require_targets(plain, key)
     try:
         if key.split(".")[0] in ("reward", "gold"):
-            node = _without_calls(node)
+            node = _without_calls(plain, key)
         made = hydra.utils.instantiate(node, _convert_="all", **objects)
         if isinstance(made, functools.partial):
             _check_keywords(made, key)  # else a wrong key would be found out only when the call is completed
-        check_types(_plain(node), key)  # only now, for a constructor says more of what is wrong
+        check_types(plain, key)  # only now, for a constructor says more of what is wrong
         return made
     except InstantiationException as error:
         cause = error.__cause__
@@ -106,8 +129,20 @@ def instantiate(node: Any, key: str, **objects: Any) -> Any:
             raise cause from None
         if isinstance(cause, Exception) and os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        check_types(_plain(node), key)
+        check_types(plain, key)
         raise UserError(f"config key '{key}': {_first_words(cause or error)}") from error
+
+
+def _require_targets(plain: Any, key: str) -> None:
+    """Raises UserError if what a node, or one inside it, is to be made from is not there."""
+    if isinstance(plain, list):
+        for number, item in enumerate(plain):
+            _require_targets(item, f"{key}[{number}]")
+    elif isinstance(plain, dict):
+        for name, value in plain.items():
+            if name == "_target_" and isinstance(value, str):
+                find(f"{key}.{name}", value)
+            _require_targets(value, f"{key}.{name}")
 
 
 def _plain(node: Any) -> Any:
@@ -135,26 +170,39 @@ def _with_full_key(message: str, key: str, node: Any, report: str) -> str:
     return message if named else f"config key '{key}': {message}"
 
 
-def _without_calls(node: Any) -> Any:
-    """The node with every function in it, a member of a composite too, to be returned instead of called."""
-    plain = _plain(node)
+def _without_calls(plain: Any, key: str) -> Any:
+    """A reward's node with every function in it, a member of a composite too, to be returned instead of called.
+
+    Raises:
+        UserError: a key that a function has no argument for. It may take every column there is, and would take the key
+            for one.
+    """
     if isinstance(plain, list):
-        return [_without_calls(item) for item in plain]
+        return [_without_calls(item, f"{key}[{number}]") for number, item in enumerate(plain)]
     if not isinstance(plain, dict):
         return plain
-    plain = {name: _without_calls(value) for name, value in plain.items()}
-    return {**plain, "_partial_": True} if _is_function(plain) else plain
-
-
-def _is_function(node: Any) -> bool:
-    target = node.get("_target_") if isinstance(node, Mapping) else None
-    if target is None or "_partial_" in node:
-        return False
+    plain = {name: _without_calls(value, f"{key}.{name}") for name, value in plain.items()}
+    function = _function(plain)
+    if function is None:
+        return plain
     try:
-        found = hydra.utils.get_object(target)
-    except Exception:  # instantiate reports it, with the key
-        return False
-    return inspect.isfunction(found) and "." not in found.__qualname__
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some functions written in C have none
+        parameters = []
+    named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    if unknown := [name for name in plain if name not in ("_target_", *named)]:
+        raise UserError(f"{key}.{unknown[0]}: {plain['_target_']} has no argument of this name")
+    return {**plain, "_partial_": True}
+
+
+def _function(node: dict[str, Any]) -> Callable | None:
+    """The function, or other object that can be called as a reward is, that a node names; None for what makes one."""
+    target = node.get("_target_")
+    if target is None or "_partial_" in node:
+        return None
+    found = hydra.utils.get_object(target)
+    makes_one = inspect.isclass(found) or inspect.ismethod(found) or "." in getattr(found, "__qualname__", "")
+    return found if callable(found) and not makes_one else None
 
 
 def _check_keywords(call: functools.partial, key: str) -> None:

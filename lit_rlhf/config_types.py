@@ -3,6 +3,7 @@
 Libraries take some wrong values without a word, or stumble over them long after the start.
 """
 
+import inspect
 import math
 import typing
 from collections.abc import Mapping, Sequence
@@ -52,9 +53,16 @@ def _hints(target: Any) -> dict[str, Any]:
         return {}
     try:
         found = hydra.utils.get_object(target)
-        return typing.get_type_hints(found.__init__ if isinstance(found, type) else found)
+        return _hints_of_class(found) if isinstance(found, type) else typing.get_type_hints(found)
     except Exception:  # of a target that is not there, which `instantiate` reports, or names that cannot be resolved
         return {}
+
+
+def _hints_of_class(found: type) -> dict[str, Any]:
+    """The constructor's; where it passes keywords on, those of the class that it passes them to, too."""
+    hints = typing.get_type_hints(found.__init__)
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(found.__init__).parameters.values())
+    return {**_hints_of_class(found.__base__), **hints} if passes_on and found.__base__ is not object else hints
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -97,7 +105,7 @@ def describe(hint: Any) -> str:
         plain = [one for one in get_args(hint) if not _is_object(one)] or get_args(hint)
         return " or ".join(dict.fromkeys(map(describe, plain)))
     if origin is Literal:
-        return " or ".join(str(one) for one in get_args(hint))
+        return " or ".join(dict.fromkeys(str(one) for one in get_args(hint)))
     if origin in (list, tuple, Sequence):
         return "a list"
     if origin in (dict, Mapping):

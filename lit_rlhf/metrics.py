@@ -134,7 +134,7 @@ def lookup(name: str) -> Metric:
     base = name.removeprefix("val/")
     key = base if base in _TABLE else next((p for p in _TABLE if "<" in p and _matches(p, base)), None)
     if key is None:
-        raise UserError(f"The metric {name!r} is not in the table of lit_rlhf/metrics.py: add it there.")
+        raise UserError(f"no metric is called {name!r}; they are listed in lit_rlhf/metrics.py")
     meaning, unit, better = _TABLE[key]
     return Metric(name=name, meaning=meaning, unit=unit, better=better)
 

@@ -1,8 +1,10 @@
 """Hydra's override grammar: values in it, and the keys of a pipeline's stages."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from hydra import compose
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -43,6 +45,8 @@ _OWN = {
     **{name: name for name in ("data", "policy", "reward", "kl", "clip", "entropy", "sampler")},
     "gold": "reward@gold",
 }
+#: All parts whose members can be chosen, but those that are set for a run and not for a member, such as the trainer.
+CHOSEN = {**_OWN, **{name: name for name in ("critic", "baseline", "optimizer", "scheduler", "algorithm")}}
 
 
 def replaced_parts(overrides: list[str]) -> list[str]:
@@ -71,39 +75,82 @@ def replace_parts(overrides: list[str]) -> list[str]:
     ]
 
 
-def without_parts(overrides: list[str], parts: list[str]) -> list[str]:
-    """Overrides without those that choose or set one of these parts.
+def part_of(override: str) -> str:
+    """The part of a config that an override chooses, or sets something in.
 
-    >>> without_parts(["experiment=tiny", "reward=model", "reward.path=x", "reward@gold=vader"], ["reward"])
-    ['experiment=tiny', 'reward@gold=vader']
+    >>> [part_of(o) for o in ("kl.coef=0.1", "~reward", "reward@gold=vader", "+reward@reward.rewards.short=length")]
+    ['kl', 'reward', 'gold', 'reward']
     """
-    keys = [(override, override.partition("=")[0].lstrip("+~")) for override in overrides]
-    taken = {*parts, *(_OWN[part] for part in parts)}
-    return [override for override, key in keys if key not in taken and key.partition(".")[0] not in parts]
+    return override.partition("=")[0].lstrip("+~").rpartition("@")[2].partition(".")[0]
 
 
-def drop_keys_not_given(config: DictConfig, overrides: list[str]) -> None:
-    """Takes from the parts that `replace_parts` replaced, in a composed config, what the overrides do not give them.
+def chosen_parts(overrides: list[str]) -> list[str]:
+    """The parts whose member overrides choose.
 
-    It comes from an experiment, which sets keys of the member that was to be there.
+    >>> chosen_parts(["experiment=tiny", "reward=vader", "reward@gold=none", "~data", "kl.coef=0.1"])
+    ['data', 'reward', 'gold']
     """
-    keys = {override.partition("=")[0] for override in overrides}
-    for part, group in _OWN.items():
-        if {f"~{group}", f"+{part}._target_"} <= keys:
-            given = {key.lstrip("+") for key in keys if key.lstrip("+").startswith(f"{part}.")}
-            with open_dict(config):
-                config[part] = _only(OmegaConf.to_container(config[part]), given, part)
+    chosen = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    return [part for part, group in CHOSEN.items() if group in chosen]
 
 
-def _only(node: dict[str, Any], given: set[str], prefix: str) -> dict[str, Any]:
-    kept = {}
-    for name, value in node.items():
-        key = f"{prefix}.{name}"
-        if key in given:
-            kept[name] = value
-        elif isinstance(value, dict) and any(other.startswith(f"{key}.") for other in given):
-            kept[name] = _only(value, given, key)
-    return kept
+def give_way(preset: list[str], given: list[str]) -> list[str]:
+    """Preset overrides that `given` ones can follow: no choice is made twice, no key is missing in what they choose.
+
+    >>> give_way(["experiment=mine", "data=csv", "data.path=x", "reward.path=y"], ["data=list", "reward.path=z"])
+    ['experiment=mine', '++data.path=x', 'reward.path=y']
+    """
+    chosen = chosen_parts(given)
+    groups = {CHOSEN[part] for part in chosen}
+    stay = [override for override in preset if override.partition("=")[0].lstrip("+~") not in groups]
+    return [f"++{override.lstrip('+')}" if part_of(override) in chosen else override for override in stay]
+
+
+def drop_keys_of_others(
+    config: DictConfig, name: str, choices: Mapping[str, Any], preset: list[str], given: list[str]
+) -> None:
+    """Takes from a composed config what is preset for another member than the one that was then chosen for a part.
+
+    An experiment that sets ``kl.coef`` can so be run with ``kl=adaptive``, which has none. What the chosen member has,
+    too, stays as the experiment set it. Of a reward nothing stays, because what is called the same in two rewards is
+    not the same; nor of a part that `replace_parts` replaced, because its keys are not known.
+
+    Args:
+        config: changed in place.
+        name: of the primary config.
+        choices: group -> member, as composed.
+        preset: overrides such as ``experiment=tiny``.
+        given: the user's own, which choose.
+    """
+    chosen = chosen_parts(given)
+    if not preset or not chosen:
+        return
+    algorithm = [override for override in given if override.startswith("algorithm=")]  # brings other groups
+    before = compose(name, [*give_way(preset, algorithm), *algorithm], return_hydra_config=True).hydra.runtime.choices
+    swapped = [part for part, group in CHOSEN.items() if choices.get(group) != before.get(group)]
+    if algorithm:
+        swapped.append("algorithm")
+    members = {"algorithm", *swapped} - set(chosen)
+    alone = compose(
+        name,
+        [f"{CHOSEN[part]}={choices[CHOSEN[part]]}" for part in sorted(members)]
+        + [override for override in given if part_of(override) in swapped],
+    )
+    with open_dict(config):
+        for part in swapped:
+            set_by_preset = OmegaConf.to_container(config.pop(part)) if part in config else {}
+            if part in alone:
+                own = OmegaConf.to_container(alone[part])
+                anew = part in ("reward", "gold") or None in (choices.get(CHOSEN[part]), before.get(CHOSEN[part]))
+                config[part] = own if anew else _common(set_by_preset, own)
+
+
+def _common(node: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """What stands in both, with the values of ``node``, but what is made from it is what ``known`` says."""
+    both = {name: (node[name], known[name]) for name in node if name in known}
+    nested = {name: all(isinstance(x, dict) and x for x in pair) for name, pair in both.items()}
+    common = {name: _common(*pair) if nested[name] else pair[0] for name, pair in both.items()}
+    return {**common, **{name: value for name, value in known.items() if name.startswith("_")}}
 
 
 def split_override(override: str) -> tuple[str, str]:

@@ -12,23 +12,22 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lit_rlhf.config import CONFIG_DIR, command, differences, flatten, refuse_no_member, refuse_unknown, resolved
 from lit_rlhf.errors import UserError
 from lit_rlhf.overrides import (
     decode_key,
-    drop_keys_not_given,
+    drop_keys_of_others,
     encode_key,
+    give_way,
     quote,
     replace_parts,
-    replaced_parts,
-    without_parts,
 )
 from lit_rlhf.run_folder import CONFIG, read_summary, replace_file
 from lit_rlhf.sweep import label_job
 from lit_rlhf.terminal import print_result
-from lit_rlhf.train import optimized_value, train
+from lit_rlhf.train import check, optimized_value, train
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,8 @@ def run_pipeline(config: DictConfig) -> float | None:
         The last stage's ``optimized_metric``.
 
     Raises:
-        UserError: a complete stage was made with another configuration, a stage fails, or a key belongs to no stage.
+        UserError: a mistake in any stage's config; a complete stage was made with another configuration; a stage fails;
+            or a key belongs to no stage.
     """
     plain = OmegaConf.to_container(config, resolve=True)
     stages: dict[str, list[str]] = plain["stages"]
@@ -57,28 +57,17 @@ def run_pipeline(config: DictConfig) -> float | None:
     refuse_unknown(config, {"output_dir"}, under="paths")
     if "data" in config:
         refuse_unknown(config, set(), under="data")
+    configs = {name: configure(name, plain, folder) for name in stages}
+    for name, stage in configs.items():  # before the first one trains for hours
+        try:
+            check(stage, unless_from=folder)
+        except UserError as error:
+            raise UserError(f"stage {name}: {error}") from error
     value = None
     made: dict[str, str] = {}  # earlier stage -> hash of its model
-    for number, (name, overrides) in enumerate(stages.items(), start=1):
-        own = to_overrides(plain.get(name) or {})
-        if taken := [o for o in own if o.startswith(("paths.output_dir=", "ckpt_path="))]:
-            raise UserError(f"{name}.{taken[0]}: the pipeline sets this key itself")
-        stage = compose_stage(
-            [
-                f"seed={plain['seed']}",
-                f"tags={quote(plain['tags'])}",
-                *without_parts(overrides, replaced_parts(own)),
-                *own,
-                f"paths.output_dir={quote(str(folder / name))}",
-                "ckpt_path=auto",
-            ]
-        )
+    for number, (name, stage) in enumerate(configs.items(), start=1):
         if number < len(stages):
             stage.optimized_metric = None  # the last stage's counts, and this one need not have logged its own
-        label_job(stage, name)
-        if logger := (stage.get("logger") or {}).get("wandb"):
-            logger.group = logger.group or plain["task_name"]
-            logger.name = logger.name or f"{plain['task_name']}/{name}"
         require_same_inputs(folder / name, made)
         if is_complete(folder / name, stage):
             log.info("[%d/%d] %s is complete: %s", number, len(stages), name, folder / name)
@@ -97,17 +86,41 @@ def run_pipeline(config: DictConfig) -> float | None:
     return value
 
 
-def compose_stage(overrides: list[str]) -> DictConfig:
-    """A ``train`` config from overrides, as the command line would compose it."""
+def configure(name: str, plain: dict[str, Any], folder: Path) -> DictConfig:
+    """The config of one stage of a pipeline, whose own config is ``plain``.
+
+    Raises:
+        UserError: a key that the pipeline sets itself.
+    """
+    own = to_overrides(plain.get(name) or {})
+    if taken := [o for o in own if o.startswith(("paths.output_dir=", "ckpt_path="))]:
+        raise UserError(f"{name}.{taken[0]}: the pipeline sets this key itself")
+    stage = compose_stage(
+        preset=[f"seed={plain['seed']}", f"tags={quote(plain['tags'])}", *plain["stages"][name]],
+        given=[*own, f"paths.output_dir={quote(str(folder / name))}", "ckpt_path=auto"],
+    )
+    label_job(stage, name)
+    if logger := (stage.get("logger") or {}).get("wandb"):
+        logger.group = logger.group or plain["task_name"]
+        logger.name = logger.name or f"{plain['task_name']}/{name}"
+    return stage
+
+
+def compose_stage(preset: list[str], given: list[str]) -> DictConfig:
+    """A ``train`` config from a stage's overrides and the user's own, as the command line would compose it."""
+    refuse_no_member([*preset, *given])
+    preset = [f"hydra.searchpath={quote(user_config_dirs())}", *replace_parts(preset)]
+    given = replace_parts(given)
     # Hydra keeps one composer per process, and the pipeline's own is in use: put it back afterwards.
-    overrides = [*replace_parts(overrides), f"hydra.searchpath={quote(user_config_dirs())}"]
-    refuse_no_member(overrides)
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-            config = compose("train", overrides=overrides)
-            drop_keys_not_given(config, overrides)
+            config = compose("train", [*give_way(preset, given), *given], return_hydra_config=True)
+            choices = config.hydra.runtime.choices
+            with open_dict(config):
+                del config.hydra
+            drop_keys_of_others(config, "train", choices, preset, given)
             return config
     finally:
         GlobalHydra.instance().clear()

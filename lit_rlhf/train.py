@@ -13,14 +13,17 @@ import yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.checks import check_text
 from lit_rlhf.config import command, differences, instantiate, instantiate_all, refuse_unknown, resolved
+from lit_rlhf.config_types import check_types
 from lit_rlhf.distributed import SHARDED_META, FSDP2Strategy, agree, processes_to_start, run_in_processes
 from lit_rlhf.errors import UserError
 from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.machine import best_precision, keep_freed_memory, peak_memory_gb, reset_peak_memory
+from lit_rlhf.metrics import lookup
 from lit_rlhf.quiet import quiet
 from lit_rlhf.run_folder import CONFIG, SUMMARY, read_summary, write_summary
 from lit_rlhf.sweep import in_multirun, label_job
@@ -36,7 +39,7 @@ _PLAIN = ("task_name", "tags", "seed", "ckpt_path", "optimized_metric")
 _MAY_DIFFER = (
     "task_name", "tags", "ckpt_path", "optimized_metric", "paths", "logger", "callbacks", "trainer.max_epochs",
     "trainer.max_steps", "trainer.max_time", "trainer.default_root_dir", "trainer.check_val_every_n_epoch",
-    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "kl.budget",
 )  # fmt: skip
 
 
@@ -57,14 +60,9 @@ def build(config: DictConfig) -> Run:
     Raises:
         UserError: a key that nobody reads, or a value that a constructor refuses.
     """
-    refuse_unknown(config, {*PARTS, *_OWN, *_PLAIN})
-    refuse_unknown(config, {"output_dir"}, under="paths")
+    check_plain(config)
     quiet()
     keep_freed_memory()
-    if not isinstance(config.paths.output_dir, str) or not config.paths.output_dir:
-        raise UserError(f"paths.output_dir must be a folder, got {config.paths.output_dir!r}")
-    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
-        raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {config.seed}")
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     folder = Path(config.paths.output_dir).absolute()
@@ -82,10 +80,42 @@ def build(config: DictConfig) -> Run:
         callbacks=instantiate_all(config.get("callbacks"), "callbacks"),
     )
     datamodule = instantiate(config.data, "data")
-    if not hasattr(datamodule, "train_dataloader"):
-        raise UserError(f"config key 'data' makes a {type(datamodule).__name__}, which has no train_dataloader()")
+    if not isinstance(datamodule, L.LightningDataModule) or not is_overridden("train_dataloader", datamodule):
+        raise UserError(
+            f"config key 'data' makes a {type(datamodule).__name__}, not a LightningDataModule with train_dataloader()"
+        )
     algorithm.config = {**resolved(config), "precision_used": precision}
     return Run(folder, algorithm.config, algorithm, datamodule, trainer)
+
+
+def check_plain(config: DictConfig) -> None:
+    """Raises UserError for a key that nobody reads, and for a wrong value of one that belongs to no group."""
+    refuse_unknown(config, {*PARTS, *_OWN, *_PLAIN})
+    refuse_unknown(config, {"output_dir"}, under="paths")
+    if not isinstance(config.paths.output_dir, str) or not config.paths.output_dir:
+        raise UserError(f"paths.output_dir must be a folder, got {config.paths.output_dir!r}")
+    check_text("task_name", config.task_name)
+    if not isinstance(config.tags, ListConfig) or not all(isinstance(tag, str) for tag in config.tags):
+        raise UserError(f"tags must be a list of texts, got {config.tags}")
+    if not isinstance(config.seed, int) or isinstance(config.seed, bool) or not 0 <= config.seed < 2**32:
+        raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {config.seed}")
+    if config.optimized_metric is not None:
+        check_text("optimized_metric", config.optimized_metric)
+
+
+def check(config: DictConfig, unless_from: Path) -> None:
+    """Makes the parts of a run that are made quickly, but those that are read from the folder ``unless_from``.
+
+    Raises:
+        UserError: as ``build`` does for them, and for a wrong value of any other part.
+    """
+    check_plain(config)
+    probe(config)
+    for name, node in resolved(config).items():
+        check_types(node, name)
+        quick = name in PARTS and name not in ("policy", "critic")
+        if quick and name in config and str(unless_from) not in str(node):
+            instantiate(config[name], name)
 
 
 def train(config: DictConfig) -> float | None:
@@ -131,13 +161,18 @@ def train_here(config: DictConfig | dict[str, Any]) -> None:
     reset_peak_memory()
     run = build(config)
     first = run.trainer.is_global_zero
+    if config.optimized_metric is not None:
+        try:
+            lookup(config.optimized_metric)
+        except UserError as error:
+            log.warning("optimized_metric: %s", error)  # only a warning: a user's own algorithm may log it
     checkpoint = find_checkpoint(config.ckpt_path, run)
     continued = checkpoint is not None and Path(checkpoint).absolute().is_relative_to(run.folder)
     before = read_summary(run.folder) if continued else {}
     if first:
         if not continued:
             require_unused(run.folder)
-        run.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run.folder)
         (run.folder / CONFIG).write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
         write_summary(run.folder, status="running")  # a run that is killed does not look complete
     status = "failed"
@@ -166,6 +201,7 @@ def train_here(config: DictConfig | dict[str, Any]) -> None:
                 wall_seconds=round(before.get("wall_seconds", 0.0) + time.perf_counter() - start, 1),
                 peak_memory_gb=max(before.get("peak_memory_gb", 0.0), peak_memory_gb()),
                 **run.algorithm.axes,
+                **({"stopped_by": run.algorithm.stopped_by} if run.algorithm.stopped_by else {}),
             )
             close(run.trainer.loggers, summary)
     if first:
@@ -206,6 +242,7 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
     """
     if ckpt_path is None:
         return None
+    check_text("ckpt_path", ckpt_path)
     path = run.folder / "checkpoints" / "last.ckpt" if ckpt_path == "auto" else Path(ckpt_path)
     if not path.exists():
         if ckpt_path == "auto":
@@ -244,6 +281,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(stored, dict) or "lit_rlhf" not in stored:
         raise UserError(f"ckpt_path={path} was not written by a lit_rlhf run: its training state is missing")
     return stored
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a run's folder; raises UserError where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"paths.output_dir={folder} cannot be made: {error.strerror}") from error
 
 
 def require_unused(folder: Path) -> None:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from lit_rlhf.config import CONFIG_DIR, flatten
 from lit_rlhf.config_types import check_types
+from lit_rlhf.overrides import drop_keys_of_others, give_way, replace_parts
 from lit_rlhf.train import _OWN, _PLAIN, PARTS
 
 GROUP_FILES = sorted(p.relative_to(CONFIG_DIR) for p in CONFIG_DIR.glob("*/**/*.yaml"))
@@ -189,3 +190,49 @@ def test_an_experiment_holds_overrides_only(experiment):
     body = yaml.safe_load((CONFIG_DIR / experiment).read_text())
     chosen = [f"{k.split()[-1].lstrip('/')}={v}" for d in body.pop("defaults", []) for k, v in d.items()]
     assert set(flatten(body)) <= set(flatten(composed(*chosen)))
+
+
+# ---- members chosen in place of an experiment's ----------------------------------------------------------------------
+
+
+def settled(*given: str, preset: tuple[str, ...]) -> dict[str, Any]:
+    """What a run gets for overrides that follow preset ones."""
+    given = replace_parts(list(given))
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        config = compose("train", [*give_way(list(preset), given), *given], return_hydra_config=True)
+        drop_keys_of_others(config, "train", config.hydra.runtime.choices, list(preset), given)
+    return {key: OmegaConf.to_container(config[key]) for key in config if key in {*PARTS, *_OWN}}
+
+
+def test_another_reward_has_nothing_of_the_experiments():
+    tiny = ("experiment=tiny",)  # reward=regex, reward.pattern=[aeiou]
+    assert settled("reward=regex", "reward.whole=true", preset=tiny)["reward"]["pattern"] == "[aeiou]"
+    assert settled("reward=vader", preset=tiny)["reward"] == composed("reward=vader")["reward"]
+    verifier = settled("reward=verifier", "reward.column=sum", preset=tiny)["reward"]
+    assert verifier == {**composed("reward=verifier")["reward"], "column": "sum"}
+    own = settled("reward._target_=my_pkg.my_reward", "reward.word=fun", preset=tiny)["reward"]
+    assert own == {"_target_": "my_pkg.my_reward", "word": "fun"}
+
+
+def test_another_member_keeps_what_it_has_too_and_drops_the_rest():
+    ppo2 = ("experiment=ppo2",)  # clip.range, clip.value_range, entropy.coef, optimizer.lr, optimizer.eps
+    node = settled("clip=asymmetric", "clip.low=0.1", "entropy=none", "optimizer=sgd", preset=ppo2)
+    assert node["clip"] == {**composed("clip=asymmetric")["clip"], "low": 0.1, "value_range": 0.2}
+    assert node["entropy"] == composed("entropy=none")["entropy"]
+    assert node["optimizer"] == {**composed("optimizer=sgd")["optimizer"], "lr": 2.5e-4}
+    stage = ("experiment=human_ratings/ppo", "data.domain=tweets", "policy.path=sft", "reward.path=model")
+    assert settled("policy=smollm2", preset=stage)["policy"] == {**composed("policy=smollm2")["policy"], **{
+        "path": "sft", "attention": "eager"
+    }}  # fmt: skip
+    assert settled("data=list", "data.prompts=[a]", preset=stage)["data"]["prompts"] == ["a"]
+    assert settled("reward=model", preset=stage)["reward"]["path"] == "model"
+    assert settled("reward@gold=length", preset=stage)["gold"] == composed("reward=length")["reward"]
+
+
+def test_another_algorithm_drops_what_it_does_not_read():
+    preset = ("experiment=human_ratings/ppo", "algorithm.ppo_epochs=3", "kl.coef=0.3")
+    node = settled("algorithm=grpo", "algorithm.group_size=4", preset=preset)
+    expected = composed("algorithm=grpo")["algorithm"]
+    expected = {**expected, "group_size": 4, "scores": {**expected["scores"], "missing_eos_penalty": 1.0}}
+    assert node["algorithm"] == expected
+    assert node["kl"] == {**composed("kl=loss_k3")["kl"], "coef": 0.3}

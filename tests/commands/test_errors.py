@@ -19,6 +19,7 @@ from lit_rlhf.train import build, train
 
 MODULE = '''
 import asyncio, math
+import functools
 import lightning as L
 from torch.utils.data import DataLoader
 
@@ -53,6 +54,13 @@ class Counts:
     def __call__(self, prompts, completions, **columns):
         return [float(text.count(self.letter)) for text in completions]
 
+    @classmethod
+    def of_a(cls, letter):
+        return cls(letter)
+
+bound = functools.partial(length)
+cached = functools.wraps(length)(lambda **given: length(**given))
+instance = Counts("e")
 calls = 0
 
 def fails_in_the_second_iteration(prompts, completions, **columns):
@@ -86,6 +94,18 @@ class Texts(L.LightningDataModule):
             if Texts.fails_at < 0:
                 raise OSError("the disk is gone")
         return {"text": f"text number {i}"}
+
+class SingleRows(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([{"prompt": "A film"}] * 4, batch_size=None)
+
+class NoDataModule:
+    def train_dataloader(self):
+        return DataLoader([{"prompt": "A film"}] * 4, batch_size=2)
+
+class NoLoader(L.LightningDataModule):
+    def train_dataloader(self):
+        return None
 
 class Nothing(L.LightningDataModule):
     def train_dataloader(self):
@@ -139,7 +159,7 @@ def start(*overrides: str) -> Result:
         ("klx=fixed", ["klx"]),
         ("experiment=none_such", ["experiment/none_such"]),
         ("kl.coef=[", ["'['"]),
-        ("kl._target_=lit_rlhf.kl.Fixed", ["'kl'", "lit_rlhf.kl.Fixed"]),
+        ("kl._target_=lit_rlhf.kl.Fixed", ["kl._target_=lit_rlhf.kl.Fixed", "no 'Fixed'"]),
         ("kl.coef=-1", ["kl.coef", "-1"]),
         ("kl.coef=much", ["kl.coef", "much"]),
         ("trainer.devices=0", ["'trainer'", "devices=0"]),
@@ -160,8 +180,21 @@ def start(*overrides: str) -> Result:
         ("trainer.gradient_clip_val=-1", ["trainer.gradient_clip_val must be at least 0, got -1"]),
         ("trainer.check_val_every_n_epoch=0", ["trainer.check_val_every_n_epoch must be at least 1, got 0"]),
         ("data.columns=3", ["data.columns must be a mapping", "3"]),
-        ("data.prompts=null", ["data.prompts=None"]),
+        ("data.prompts=null", ["data.prompts", "None"]),
         ("reward=null", ["reward=null", "vader"]),
+        ("kl=0.1", ["kl=0.1", "adaptive, fixed"]),
+        ("~kl", ["~kl", "a run needs its kl", "adaptive, fixed"]),
+        ("~reward@gold", ["a run needs its gold", "none"]),
+        ("reward=ensemble", ["reward.paths has no value"]),
+        ("reward@gold=function", ["gold.function has no value"]),
+        ("reward._target_=math.nope", ["reward._target_=math.nope: the module 'math'", "no 'nope'"]),
+        ("reward._target_=no_such.thing", ["reward._target_=no_such.thing: there is no module 'no_such'"]),
+        ("ckpt_path=true", ["ckpt_path must be a text", "True"]),
+        ("paths.output_dir=/proc/run", ["paths.output_dir=/proc/run cannot be made"]),
+        ("seed=true", ["seed must be a whole number", "True"]),
+        ("tags=abc", ["tags must be a list", "abc"]),
+        ("task_name=null", ["task_name must be a text", "None"]),
+        ("optimized_metric=3", ["optimized_metric must be a text", "3"]),
         ("optimizer=null", ["optimizer=null", "adamw"]),
     ],
 )  # fmt: skip
@@ -190,11 +223,17 @@ def test_a_users_own_class_gets_no_keys_that_an_experiment_gives_to_a_member(use
     assert config["data"] == {"_target_": f"{user_module}.make_prompts"}
 
 
+def test_a_group_that_needs_no_member_may_be_without_one(folder):
+    refused(start("experiment=null", "debug=null", "hparams_search=null", "kl.coef=-1"), "kl.coef")
+
+
 def test_a_missing_value_names_its_key(folder):
     refused(run_here("train", "policy=tiny", "data=list", "paths.output_dir=run"), "data.prompts")
 
 
-@pytest.mark.parametrize("override", ["optimizer.lr=-1", "optimizer.lr=fast", "scheduler.name=steep"])
+@pytest.mark.parametrize(
+    "override", ["optimizer.lr=-1", "optimizer.lr=fast", "optimizer.betas=[0.9]", "scheduler.name=steep"]
+)
 def test_a_value_that_the_optimizer_or_the_scheduler_refuses_is_named(override, folder):
     group, *_ = override.replace(".", "=").split("=")
     refused(start(override, "trainer.limit_val_batches=0"), group)
@@ -218,10 +257,10 @@ def test_sizes_that_do_not_divide_are_refused_before_any_rollout(overrides, part
 @pytest.mark.parametrize(
     ("prompts", "parts"),
     [
-        ("[]", ["prompts=[]", "at least one"]),
-        ("[fine,'']", ["prompt 1 is empty"]),
-        ("[fine,' ']", ["prompt 1 is empty"]),
-        ("text", ["prompts='text'", "list"]),
+        ("[]", ["data.prompts", "at least one", "[]"]),
+        ("[fine,'']", ["data.prompts[1] is empty"]),
+        ("[fine,' ']", ["data.prompts[1] is empty"]),
+        ("text", ["data.prompts", "list", "'text'"]),
         (f"[{'x' * 61}]", ["61 tokens", "max_new_tokens=4", "context of 64"]),
     ],
 )
@@ -233,6 +272,9 @@ def test_a_bad_prompt_is_named(prompts, parts, folder):
     ("name", "parts"),
     [
         ("Questions", ["question", "neither 'prompt' nor 'input_ids'"]),
+        ("SingleRows", ["single rows", "batch_size"]),
+        ("NoDataModule", ["NoDataModule", "not a LightningDataModule"]),
+        ("NoLoader", ["NoLoader.train_dataloader() returns None"]),
         ("Nothing", ["yields no batches", "empty"]),
     ],
 )
@@ -266,6 +308,17 @@ def test_a_reward_that_returns_nonsense_is_named(name, parts, by, user_module, f
     refused(start(*own, "trainer.limit_val_batches=0"), *parts)
     assert json.loads((folder / "run" / "summary.json").read_text())["status"] == "failed"
     assert not (folder / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["bound", "cached", "Counts.of_a", "instance"])
+def test_whatever_can_be_called_as_a_reward_is_one(name, user_module, folder):
+    letter = ["reward.letter=a"] if name == "Counts.of_a" else []
+    result = start(f"reward._target_={user_module}.{name}", *letter, "trainer.limit_val_batches=0")
+    assert result.code == 0, result.err
+
+
+def test_a_key_that_a_function_has_no_argument_for_is_refused_though_it_takes_every_column(user_module, folder):
+    refused(start(f"reward._target_={user_module}.length", "reward.modus=1"), "reward.modus", "no argument")
 
 
 def test_an_async_function_is_a_reward_and_the_longest_prompt_fits(user_module, folder):

@@ -389,6 +389,33 @@ def test_a_key_that_no_stage_reads_is_refused(override, parts, own):
     assert not (own / "run" / "ppo").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("tune.kl.cof=1", "cof"),
+        ("tune.kl.coef=-1", "stage tune: kl.coef must be"),
+        ("tune.algorithm.minibatch_size=half", "stage tune: algorithm.minibatch_size must be"),
+        ("tune.reward._target_=own_rewards.nothing", "stage tune: reward._target_=own_rewards.nothing: the module"),
+        ("+tune.sed=1", "sed"),
+    ],
+)
+def test_a_mistake_in_a_later_stage_is_found_before_the_first_one_trains(override, part, own):
+    result = pipeline("experiment=own", override, "paths.output_dir=run")
+    assert result.code == 1
+    assert part in result.err
+    assert not (own / "run" / "warm").exists()
+
+
+def test_another_member_takes_the_place_of_what_a_stage_sets_for_its_own(own):
+    changed = ["tune.reward=length", "tune.data=list", "tune.data.prompts=[Once]", "tune.kl=linear"]
+    result = pipeline("experiment=own", *changed, "tune.logger=csv", "warm.logger=csv", "paths.output_dir=run")
+    assert result.code == 0, result.err
+    stage = config(own / "run" / "tune")
+    assert stage["reward"]["_target_"] == "lit_rlhf.rewards.LengthReward"
+    assert stage["kl"]["_target_"] == "lit_rlhf.kl.LinearKL"
+    assert stage["policy"]["path"] == "run/warm/model"
+
+
 def test_a_group_and_a_key_of_it_can_both_be_chosen_for_a_stage(human_ratings, tmp_path):
     _, run, _ = human_ratings
     result = run("ppo.clip=asymmetric", "ppo.clip.low=0", f"paths.output_dir={tmp_path}")
