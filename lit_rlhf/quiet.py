@@ -11,6 +11,7 @@ _NOISE = (
     r".*does not have many workers.*",
     r".*is_gradient_checkpointing.*",  # peft on transformers 5
     r".*Checkpoint directory .* exists and is not empty.*",  # so it is in every resumed run
+    r".*The dirpath has changed from.*",  # a run may continue in another folder than its checkpoint's
     r".*callbacks used to create the checkpoint need to be provided.*",  # eval needs none of them
     r".*defined a `validation_step` but have no `val_dataloader`.*",  # held-out prompts are the user's choice
     r".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing is changed in place here

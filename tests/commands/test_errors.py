@@ -440,6 +440,13 @@ def test_continuing_into_a_folder_that_holds_another_run_is_refused(folder):
     assert start(*more, "paths.output_dir=new").code == 0
 
 
+def test_a_run_that_continues_in_another_folder_warns_of_nothing(folder, recwarn):
+    assert start("trainer.max_epochs=1").code == 0
+    recwarn.clear()
+    assert start("trainer.max_epochs=2", "ckpt_path=run/checkpoints/last.ckpt", "paths.output_dir=new").code == 0
+    assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == []
+
+
 @pytest.mark.parametrize("override", ["logger=none", "debug=fast", "logger=wandb"])
 def test_every_run_leaves_its_metrics_and_report_whatever_logs_it(override, folder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
