@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
+from lit_rlhf.checkpoint_io import write_to_files
 from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, shard, whole, world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy
@@ -217,6 +218,7 @@ class Algorithm(L.LightningModule):
     def setup(self, stage: str) -> None:  # noqa: ARG002  (Lightning's signature)
         # Every process sees all prompts and batches and takes its share of their rows itself.
         self.trainer._accelerator_connector.use_distributed_sampler = False
+        write_to_files(self.trainer.strategy)
         if self.leaves_weights_out and isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # else it waits for their gradients
 
