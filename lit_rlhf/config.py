@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -41,9 +42,11 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             try:
                 hydra = HydraConfig.get()
                 overrides = list(hydra.overrides.task)
+                where = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
                 preset = [override for override in overrides if override.startswith("experiment=")]
                 given = [override for override in overrides if override not in preset]
-                drop_keys_of_others(config, hydra.job.config_name, hydra.runtime.choices, preset, given)
+                again = functools.partial(compose, hydra.job.config_name)
+                drop_keys_of_others(config, again, hydra.runtime.choices, where, preset, given)
                 return task(config)
             except (UserError, OmegaConfBaseException) as error:
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -56,10 +59,12 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         @functools.wraps(task)
         def main() -> None:
             try:
+                if config_name == "train":
+                    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in _NO_MEMBER]
                 refuse_no_member(sys.argv[1:])
             except UserError as error:
                 sys.exit(f"\n{error}")
-            sys.argv[1:] = replace_parts([argument for argument in sys.argv[1:] if argument not in _NO_MEMBER])
+            sys.argv[1:] = replace_parts(sys.argv[1:])
             try:
                 run()
             except BaseException:
@@ -71,9 +76,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     return decorate
 
 
-#: The groups that need no member.
-_OPTIONAL = ("experiment", "hparams_search", "debug")
-_NO_MEMBER = tuple(f"{group}=null" for group in _OPTIONAL)  # what the configs say, and Hydra refuses
+#: What train.yaml itself says, and Hydra refuses on a command line.
+_NO_MEMBER = ("experiment=null", "hparams_search=null", "debug=null")
 
 
 def refuse_no_member(overrides: list[str]) -> None:
@@ -85,7 +89,7 @@ def refuse_no_member(overrides: list[str]) -> None:
         key, given, value = override.lstrip("+~").partition("=")
         folder = CONFIG_DIR / key.partition("@")[0]
         part = part_of(override)
-        if not folder.is_dir() or key in _OPTIONAL:
+        if not key or not folder.is_dir():
             continue
         members = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         if given and re.fullmatch(r"null|[-+.\d]*", value.strip()):
@@ -107,7 +111,8 @@ def instantiate(node: Any, key: str, **objects: Any) -> Any:
     if node is None or (isinstance(node, DictConfig) and not node):
         return None
     if missing := OmegaConf.missing_keys(node):
-        raise UserError(f"{key}.{min(missing)} has no value; give it one: {key}.{min(missing)}=...")
+        name = f"{key}.{min(missing).removeprefix(f'{key}.')}"
+        raise UserError(f"{name} has no value; give it one: {name}=...")
     if taken := sorted(set(objects) & set(node)):
         raise UserError(f"nobody reads the config key {key}.{taken[0]}: it comes from elsewhere in the config")
     plain = _plain(node)

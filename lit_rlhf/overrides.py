@@ -1,11 +1,11 @@
 """Hydra's override grammar: values in it, and the keys of a pipeline's stages."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from hydra import compose
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 
@@ -103,11 +103,22 @@ def give_way(preset: list[str], given: list[str]) -> list[str]:
     chosen = chosen_parts(given)
     groups = {CHOSEN[part] for part in chosen}
     stay = [override for override in preset if override.partition("=")[0].lstrip("+~") not in groups]
-    return [f"++{override.lstrip('+')}" if part_of(override) in chosen else override for override in stay]
+    changed = CHOSEN if "algorithm" in chosen else chosen  # another algorithm brings other members
+    return [f"++{override.lstrip('+')}" if _sets_key_of(changed, override) else override for override in stay]
+
+
+def _sets_key_of(parts: Iterable[str], override: str) -> bool:
+    key = override.partition("=")[0].lstrip("+")
+    return "@" not in key and any(key.startswith(f"{part}.") for part in parts)
 
 
 def drop_keys_of_others(
-    config: DictConfig, name: str, choices: Mapping[str, Any], preset: list[str], given: list[str]
+    config: DictConfig,
+    compose: Callable[..., DictConfig],
+    choices: Mapping[str, Any],
+    where: list[str],
+    preset: list[str],
+    given: list[str],
 ) -> None:
     """Takes from a composed config what is preset for another member than the one that was then chosen for a part.
 
@@ -117,24 +128,26 @@ def drop_keys_of_others(
 
     Args:
         config: changed in place.
-        name: of the primary config.
+        compose: Hydra's, of the same primary config.
         choices: group -> member, as composed.
+        where: overrides that say where configs lie.
         preset: overrides such as ``experiment=tiny``.
         given: the user's own, which choose.
     """
     chosen = chosen_parts(given)
     if not preset or not chosen:
         return
-    algorithm = [override for override in given if override.startswith("algorithm=")]  # brings other groups
-    before = compose(name, [*give_way(preset, algorithm), *algorithm], return_hydra_config=True).hydra.runtime.choices
+    algorithm = [override for override in given if override.startswith("algorithm=")]
+    try:
+        before = compose([*where, *preset], return_hydra_config=True).hydra.runtime.choices
+    except ConfigCompositionException:  # what is preset is meant for the groups that the given algorithm brings
+        brought = [*where, *give_way(preset, algorithm), *algorithm]
+        before = compose(brought, return_hydra_config=True).hydra.runtime.choices
     swapped = [part for part, group in CHOSEN.items() if choices.get(group) != before.get(group)]
-    if algorithm:
-        swapped.append("algorithm")
-    members = {"algorithm", *swapped} - set(chosen)
+    members = {CHOSEN[part] for part in {"algorithm", *swapped} - set(chosen)}
     alone = compose(
-        name,
-        [f"{CHOSEN[part]}={choices[CHOSEN[part]]}" for part in sorted(members)]
-        + [override for override in given if part_of(override) in swapped],
+        [*where, *(f"{group}={choices[group]}" for group in sorted(members) if choices.get(group) is not None)]
+        + [override for override in given if part_of(override) in swapped]
     )
     with open_dict(config):
         for part in swapped:

@@ -5,6 +5,8 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,21 +108,21 @@ def configure(name: str, plain: dict[str, Any], folder: Path) -> DictConfig:
     return stage
 
 
-def compose_stage(preset: list[str], given: list[str]) -> DictConfig:
-    """A ``train`` config from a stage's overrides and the user's own, as the command line would compose it."""
+def compose_stage(given: list[str], preset: Sequence[str] = ()) -> DictConfig:
+    """A ``train`` config from a user's overrides, which follow a stage's own, as the command line would compose it."""
     refuse_no_member([*preset, *given])
-    preset = [f"hydra.searchpath={quote(user_config_dirs())}", *replace_parts(preset)]
-    given = replace_parts(given)
+    preset, given = replace_parts(list(preset)), replace_parts(given)
+    where = [f"hydra.searchpath={quote(user_config_dirs())}"]
     # Hydra keeps one composer per process, and the pipeline's own is in use: put it back afterwards.
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-            config = compose("train", [*give_way(preset, given), *given], return_hydra_config=True)
+            config = compose("train", [*where, *give_way(preset, given), *given], return_hydra_config=True)
             choices = config.hydra.runtime.choices
             with open_dict(config):
                 del config.hydra
-            drop_keys_of_others(config, "train", choices, preset, given)
+            drop_keys_of_others(config, partial(compose, "train"), choices, where, preset, given)
             return config
     finally:
         GlobalHydra.instance().clear()

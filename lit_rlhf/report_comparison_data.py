@@ -54,6 +54,8 @@ def _jobs(path: Path) -> list[Member]:
                 status = "in progress"  # what a job notes when it begins
             run = load_runs(folder)[-1] if found else None
             members.append(Member(folder, run, dict(job["overrides"]), status, str(job["error"])))
+    except UserError:  # that names its file
+        raise
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is no readable multirun: one of its job.json files is broken: {error!r}") from None
     if not members:

@@ -113,9 +113,14 @@ def check(config: DictConfig, unless_from: Path) -> None:
     probe(config)
     for name, node in resolved(config).items():
         check_types(node, name)
-        quick = name in PARTS and name not in ("policy", "critic")
-        if quick and name in config and str(unless_from) not in str(node):
+        if name in PARTS and name not in ("policy", "critic") and not _names_a_path_in(unless_from, node):
             instantiate(config[name], name)
+
+
+def _names_a_path_in(folder: Path, node: Any) -> bool:
+    if isinstance(node, dict | list):
+        return any(_names_a_path_in(folder, part) for part in (node.values() if isinstance(node, dict) else node))
+    return isinstance(node, str) and Path(node).absolute().is_relative_to(folder)
 
 
 def train(config: DictConfig) -> float | None:

@@ -49,8 +49,9 @@ class ListPrompts(PromptsData):
         for name, column in (columns or {}).items():
             if name == "prompt":
                 raise UserError("data.columns.prompt: a column cannot be called 'prompt'")
-            if len(column) != len(prompts):
-                raise UserError(f"data.columns.{name} has {len(column)} entries for {len(prompts)} prompts")
+            if not isinstance(column, list) or len(column) != len(prompts):
+                entries = f"{len(column)} entries" if isinstance(column, list) else f"{column!r}, no list,"
+                raise UserError(f"data.columns.{name} has {entries} for {len(prompts)} prompts")
         table = {"prompt": prompts, **(columns or {})}
         self.train_rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
         self.held_out_rows = self.train_rows

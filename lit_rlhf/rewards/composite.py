@@ -28,7 +28,10 @@ class CompositeReward(RewardGroup):
         if not isinstance(weights, Mapping):
             raise UserError(f"reward.weights must give every reward its weight, got {weights!r}")
         if isinstance(rewards, Mapping):
-            left_out = {name for name, reward in rewards.items() if reward is None and weights.get(name) is None}
+            for name, reward in rewards.items():
+                if reward is None and weights.get(name) is not None:
+                    raise UserError(f"reward.rewards.{name} is null: set reward.weights.{name} to null, too")
+            left_out = {name for name, reward in rewards.items() if reward is None}
             rewards = {name: reward for name, reward in rewards.items() if name not in left_out}
             weights = {name: weight for name, weight in weights.items() if name not in left_out}
         super().__init__(rewards)

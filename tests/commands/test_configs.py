@@ -4,7 +4,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,8 @@ def settled(*given: str, preset: tuple[str, ...]) -> dict[str, Any]:
     given = replace_parts(list(given))
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         config = compose("train", [*give_way(list(preset), given), *given], return_hydra_config=True)
-        drop_keys_of_others(config, "train", config.hydra.runtime.choices, list(preset), given)
+        again = partial(compose, "train")
+        drop_keys_of_others(config, again, config.hydra.runtime.choices, [], list(preset), given)
     return {key: OmegaConf.to_container(config[key]) for key in config if key in {*PARTS, *_OWN}}
 
 
@@ -236,3 +237,8 @@ def test_another_algorithm_drops_what_it_does_not_read():
     expected = {**expected, "group_size": 4, "scores": {**expected["scores"], "missing_eos_penalty": 1.0}}
     assert node["algorithm"] == expected
     assert node["kl"] == {**composed("kl=loss_k3")["kl"], "coef": 0.3}
+    dapo = settled("algorithm=dapo", preset=preset)
+    assert dapo["kl"] == composed("algorithm=dapo")["kl"]  # none, which has no kl.coef
+    assert dapo["algorithm"]["scores"]["missing_eos_penalty"] == 1.0
+    values = settled("algorithm=reinforce", "baseline=value", preset=("experiment=human_ratings/ppo", "critic.gain=1"))
+    assert "critic" not in values

@@ -66,7 +66,7 @@ class TestComposite:
         rewards = {"ones": lambda prompts, completions: [1.0] * len(completions), "not_here": None}
         composite = CompositeReward(rewards=rewards, weights={"ones": 2.0, "not_here": None})
         assert list(composite.rewards) == ["ones"]
-        with pytest.raises(UserError, match=r"reward\.rewards\.not_here must be a reward, got None"):
+        with pytest.raises(UserError, match=r"reward\.rewards\.not_here is null: .* reward\.weights\.not_here to null"):
             CompositeReward(rewards=rewards, weights={"ones": 2.0, "not_here": 1.0})
 
     @pytest.mark.parametrize(
