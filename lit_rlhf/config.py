@@ -206,8 +206,11 @@ def _function(node: dict[str, Any]) -> Callable | None:
     if target is None or "_partial_" in node:
         return None
     found = hydra.utils.get_object(target)
-    makes_one = inspect.isclass(found) or inspect.ismethod(found) or "." in getattr(found, "__qualname__", "")
-    return found if callable(found) and not makes_one else None
+    if not callable(found) or inspect.isclass(found) or inspect.ismethod(found):
+        return None
+    if "." in getattr(found, "__qualname__", ""):  # a static method: is it called as a reward is, or does it make one?
+        return found if {"prompts", "completions"} <= set(inspect.signature(found).parameters) else None
+    return found
 
 
 def _check_keywords(call: functools.partial, key: str) -> None:

@@ -25,6 +25,9 @@ _AT_LEAST = {
     "trainer.check_val_every_n_epoch": 1,
     "trainer.accumulate_grad_batches": 1,
     "scheduler.num_warmup_steps": 0,
+    "optimizer.lr": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.momentum": 0,
 }
 
 
@@ -103,7 +106,8 @@ def describe(hint: Any) -> str:
     origin = get_origin(hint) or hint
     if origin in (Union, UnionType):
         plain = [one for one in get_args(hint) if not _is_object(one)] or get_args(hint)
-        return " or ".join(dict.fromkeys(map(describe, plain)))
+        words = [word for one in plain for word in describe(one).split(" or ")]
+        return " or ".join(dict.fromkeys(words))
     if origin is Literal:
         return " or ".join(dict.fromkeys(str(one) for one in get_args(hint)))
     if origin in (list, tuple, Sequence):

@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
 
-from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.algorithms.base import Algorithm, make_optimizer
 from lit_rlhf.checks import check_text
 from lit_rlhf.config import command, differences, instantiate, instantiate_all, refuse_unknown, resolved
 from lit_rlhf.config_types import check_types
@@ -68,7 +69,7 @@ def build(config: DictConfig) -> Run:
     folder = Path(config.paths.output_dir).absolute()
     parts = {name: instantiate(config[name], name) for name in PARTS if name in config}
     algorithm = instantiate(config.algorithm, "algorithm", seed=config.seed, **parts)
-    precision = best_precision() if config.trainer.precision == "auto" else config.trainer.precision
+    precision = resolve_precision(config)
     loggers = instantiate_all(config.get("logger"), "logger")
     if not any(isinstance(logger, CSVLogger) for logger in loggers):
         loggers.append(CSVLogger(save_dir=str(folder)))  # summary and report are made from its rows
@@ -86,6 +87,11 @@ def build(config: DictConfig) -> Run:
         )
     algorithm.config = {**resolved(config), "precision_used": precision}
     return Run(folder, algorithm.config, algorithm, datamodule, trainer)
+
+
+def resolve_precision(config: DictConfig) -> str | int:
+    """Lightning's ``precision``; ``auto`` is the fastest one here that is safe."""
+    return best_precision() if config.trainer.precision == "auto" else config.trainer.precision
 
 
 def check_plain(config: DictConfig) -> None:
@@ -111,10 +117,14 @@ def check(config: DictConfig, unless_from: Path) -> None:
     """
     check_plain(config)
     probe(config)
-    for name, node in resolved(config).items():
+    plain = resolved(config)
+    plain["trainer"] = {**plain["trainer"], "precision": resolve_precision(config)}
+    for name, node in plain.items():
         check_types(node, name)
-        if name in PARTS and name not in ("policy", "critic") and not _names_a_path_in(unless_from, node):
-            instantiate(config[name], name)
+        if name in {*PARTS, "data"} - {"policy", "critic"} and not _names_a_path_in(unless_from, node):
+            made = instantiate(config[name], name)
+            if name == "optimizer":
+                make_optimizer(made, [nn.Parameter(torch.zeros(1))])
 
 
 def _names_a_path_in(folder: Path, node: Any) -> bool:
@@ -189,7 +199,7 @@ def train_here(config: DictConfig | dict[str, Any]) -> None:
                 if hasattr(target, "resume_from"):
                     target.resume_from(-1)  # the rows of a run that ended before its first checkpoint go
             if run.trainer.limit_val_batches and is_overridden("val_dataloader", run.datamodule):
-                run.trainer.validate(run.algorithm, datamodule=run.datamodule, verbose=False)
+                validate(run)
         run.trainer.fit(run.algorithm, datamodule=run.datamodule, ckpt_path=checkpoint)
         if run.trainer.interrupted:
             raise KeyboardInterrupt
@@ -286,6 +296,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(stored, dict) or "lit_rlhf" not in stored:
         raise UserError(f"ckpt_path={path} was not written by a lit_rlhf run: its training state is missing")
     return stored
+
+
+def validate(run: Run) -> None:
+    """Measures the policy before training; raises UserError if what the datamodule gives for it is no loader."""
+    try:
+        run.trainer.validate(run.algorithm, datamodule=run.datamodule, verbose=False)
+    except TypeError as error:
+        if "invalid dataloader" not in str(error):
+            raise
+        raise UserError(f"config key 'data': {error}") from error
 
 
 def make_folder(folder: Path) -> None:

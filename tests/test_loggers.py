@@ -20,6 +20,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.loggers import CSVLogger, WandbLogger
+from lit_rlhf.loggers.wandb import latest_run
 from lit_rlhf.run_folder import read_metrics, read_samples, write_summary
 from tests.wandb_file import runs
 
@@ -461,3 +462,12 @@ def test_settings_that_wandb_cannot_take_are_refused(tmp_path, bad):
 def test_a_lone_surrogate_does_not_stop_reading_or_writing(tmp_path):
     (tmp_path / "samples.jsonl").write_bytes(b'{"iteration": 1, "prompt": "\\ud800"}\n{"iteration": 2, "pro')
     assert read_samples(tmp_path) == [{"iteration": 1, "prompt": "\ud800"}]
+
+
+def test_the_newest_of_a_folders_wandb_runs_is_the_one_to_continue(tmp_path):
+    assert latest_run(tmp_path) == (None, False)
+    for name in ("run-20260102_000000-second", "offline-run-20260101_000000-first"):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+    assert latest_run(tmp_path) == ("second", True)
+    (tmp_path / "wandb" / "offline-run-20260103_000000-third").mkdir()
+    assert latest_run(tmp_path) == ("third", False)

@@ -31,6 +31,14 @@ def default_scheduler(optimizer: Optimizer) -> torch.optim.lr_scheduler.LRSchedu
     return get_scheduler("constant", optimizer)
 
 
+def make_optimizer(factory: OptimizerFactory, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The factory's optimiser; raises UserError for a value that it refuses."""
+    try:
+        return factory(parameters)
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"config key 'optimizer': {error}") from error
+
+
 class RunningMean:
     """Token-weighted means (and maxima, for names that end in ``_max``) of step metrics; saved with the checkpoint."""
 
@@ -156,10 +164,7 @@ class Algorithm(L.LightningModule):
         return [p for p in self.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        try:
-            optimizer = self.optimizer_factory(self.optimized_parameters())
-        except (TypeError, ValueError, IndexError) as error:
-            raise UserError(f"config key 'optimizer': {error}") from error
+        optimizer = make_optimizer(self.optimizer_factory, self.optimized_parameters())
         takes_steps = "num_training_steps" in inspect.signature(self.scheduler_factory).parameters
         steps = {"num_training_steps": self.total_steps()} if takes_steps else {}
         try:

@@ -48,7 +48,10 @@ def split_rows(batch: Any) -> list[Row]:
             length = len(column) if hasattr(column, "__len__") else "no"
             raise UserError(f"column '{name}' of the prompt batch has {length} entries, but '{key}' has {size}")
     if taken := sorted(_ARGUMENTS & set(batch)):
-        raise UserError(f"a column of the prompt batch is called '{taken[0]}', which is an argument of every reward")
+        raise UserError(
+            f"a column of the prompt batch is called '{taken[0]}', which is an argument of every reward; rename "
+            "it, or name the columns to pass on without it (data.columns)"
+        )
     if odd := [name for name in batch if not isinstance(name, str)]:
         raise UserError(f"a column of the prompt batch is called {odd[0]!r}; its name must be a text")
     if size == 0:

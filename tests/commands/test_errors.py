@@ -58,6 +58,10 @@ class Counts:
     def of_a(cls, letter):
         return cls(letter)
 
+    @staticmethod
+    def static(prompts, completions):
+        return [1.0] * len(completions)
+
 bound = functools.partial(length)
 cached = functools.wraps(length)(lambda **given: length(**given))
 instance = Counts("e")
@@ -98,6 +102,13 @@ class Texts(L.LightningDataModule):
 class SingleRows(L.LightningDataModule):
     def train_dataloader(self):
         return DataLoader([{"prompt": "A film"}] * 4, batch_size=None)
+
+class NoValidation(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([{"prompt": "A film"}] * 4, batch_size=2)
+
+    def val_dataloader(self):
+        return None
 
 class NoDataModule:
     def train_dataloader(self):
@@ -164,6 +175,7 @@ def start(*overrides: str) -> Result:
         ("kl.coef=much", ["kl.coef", "much"]),
         ("trainer.devices=0", ["'trainer'", "devices=0"]),
         ("trainer.precision=half", ["trainer.precision must be", "half"]),
+        ("optimizer.lr=-1", ["optimizer.lr must be at least 0, got -1"]),
         ("trainer.max_epochs=word", ["trainer.max_epochs must be a whole number or null", "word"]),
         ("trainer.max_epochs=1.5", ["trainer.max_epochs", "1.5"]),
         ("trainer.gradient_clip_val=nan", ["trainer.gradient_clip_val", "nan"]),
@@ -232,7 +244,7 @@ def test_a_missing_value_names_its_key(folder):
 
 
 @pytest.mark.parametrize(
-    "override", ["optimizer.lr=-1", "optimizer.lr=fast", "optimizer.betas=[0.9]", "scheduler.name=steep"]
+    "override", ["optimizer.lr=fast", "optimizer.betas=[0.9]", "scheduler.name=steep"]
 )
 def test_a_value_that_the_optimizer_or_the_scheduler_refuses_is_named(override, folder):
     group, *_ = override.replace(".", "=").split("=")
@@ -273,6 +285,7 @@ def test_a_bad_prompt_is_named(prompts, parts, folder):
     [
         ("Questions", ["question", "neither 'prompt' nor 'input_ids'"]),
         ("SingleRows", ["single rows", "batch_size"]),
+        ("NoValidation", ["'data'", "val_dataloader", "None"]),
         ("NoDataModule", ["NoDataModule", "not a LightningDataModule"]),
         ("NoLoader", ["NoLoader.train_dataloader() returns None"]),
         ("Nothing", ["yields no batches", "empty"]),
@@ -310,7 +323,7 @@ def test_a_reward_that_returns_nonsense_is_named(name, parts, by, user_module, f
     assert not (folder / "run" / "model").exists()
 
 
-@pytest.mark.parametrize("name", ["bound", "cached", "Counts.of_a", "instance"])
+@pytest.mark.parametrize("name", ["bound", "cached", "Counts.of_a", "Counts.static", "instance"])
 def test_whatever_can_be_called_as_a_reward_is_one(name, user_module, folder):
     letter = ["reward.letter=a"] if name == "Counts.of_a" else []
     result = start(f"reward._target_={user_module}.{name}", *letter, "trainer.limit_val_batches=0")

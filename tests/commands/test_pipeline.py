@@ -15,7 +15,9 @@ from command_line import Result, environment, run_here, write_module, write_rati
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from wandb_file import runs
 
-from lit_rlhf.pipeline import to_overrides
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline import configure, to_overrides
+from lit_rlhf.train import check
 
 REWARD = '''
 import os, signal
@@ -395,6 +397,9 @@ def test_a_key_that_no_stage_reads_is_refused(override, parts, own):
         ("tune.kl.cof=1", "cof"),
         ("tune.kl.coef=-1", "stage tune: kl.coef must be"),
         ("tune.algorithm.minibatch_size=half", "stage tune: algorithm.minibatch_size must be"),
+        ("tune.optimizer.betas=[0.9,2]", "stage tune: config key 'optimizer'"),
+        ("tune.optimizer.lr=-1", "stage tune: optimizer.lr must be"),
+        ("tune.data.prompts=[]", "stage tune: data.prompts must be"),
         ("tune.reward._target_=own_rewards.nothing", "stage tune: reward._target_=own_rewards.nothing: the module"),
         ("+tune.sed=1", "sed"),
     ],
@@ -404,6 +409,17 @@ def test_a_mistake_in_a_later_stage_is_found_before_the_first_one_trains(overrid
     assert result.code == 1
     assert part in result.err
     assert not (own / "run" / "warm").exists()
+
+
+def test_stages_with_default_settings_pass_the_check(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    stages = {"tune": ["policy.path=out/warm/model", "reward=model", "reward.path=out/warm/model"]}
+    plain = {"seed": 0, "tags": [], "task_name": "x", "stages": stages, "tune": {"logger": "none"}}
+    stage = configure("tune", plain, Path("out").absolute())
+    assert stage.trainer.precision == "auto"
+    check(stage, unless_from=Path("out").absolute())
+    with pytest.raises(UserError, match=r"'reward': there is no model 'out/warm/model'"):
+        check(stage, unless_from=Path("elsewhere").absolute())
 
 
 def test_another_member_takes_the_place_of_what_a_stage_sets_for_its_own(own):

@@ -10,6 +10,7 @@ import yaml
 from classifiers import save_classifier
 from command_line import ROOT, TINY, Result, run_here, write_module, write_ratings
 from hydra import compose, initialize_config_dir
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb_file import runs
@@ -17,6 +18,7 @@ from wandb_file import runs
 from lit_rlhf.config import CONFIG_DIR
 from lit_rlhf.metrics import lookup
 from lit_rlhf.run_folder import read_metrics
+from lit_rlhf.sweep import Sweep
 
 MODULE = """
 import torch
@@ -286,6 +288,18 @@ def test_a_failed_trial_does_not_end_the_search(folder):
     assert len(table()) == 4
     assert set(columns("kl.coef", "status")) == {("-1", "failed"), ("0.1", "completed")}
     assert yaml.safe_load(Path("sweep/optimization_results.yaml").read_text())["best_params"] == {"kl.coef": 0.1}
+
+
+def test_a_value_that_is_not_finite_is_none_to_a_search(tmp_path):
+    sweep = Sweep()
+    sweep._folder = tmp_path
+    (tmp_path / "0").mkdir()
+    hydra = {"overrides": {"task": ["seed=3"]}, "job": {"num": 0}, "runtime": {"output_dir": str(tmp_path / "0")}}
+    job = JobReturn(status=JobStatus.COMPLETED, _return_value=float("nan"))
+    sweep.on_job_end(OmegaConf.create({"hydra": hydra}), job_return=job)
+    assert job.return_value is None
+    noted = json.loads((tmp_path / "0/job.json").read_text())
+    assert (noted["status"], noted["value"], noted["folder"]) == ("completed", None, "0")
 
 
 def test_a_search_without_one_complete_trial_leaves_its_rows(folder):
