@@ -208,6 +208,23 @@ class ExactProblem:
             rows.append({"prompt": self.rows[prompt]["prompt"], "chosen": texts[one], "rejected": texts[other]})
         return rows
 
+    def next_tokens(self) -> list[dict[tuple[int, ...], Tensor]]:
+        """For every prompt: prefix (token ids; ``()`` at the start) -> log ref(. | prefix), (V,), float64."""
+        return [self._conditionals(prompt) for prompt in range(self.shape[0])]
+
+    def _conditionals(self, prompt: int) -> dict[tuple[int, ...], Tensor]:
+        # The mass of a prefix is the sum over its completions, so that no second forward pass is needed.
+        mass: dict[tuple[int, ...], float] = {}
+        for completion, probability in zip(self.completions, self.reference[prompt].exp().tolist(), strict=True):
+            for length in range(len(completion) + 1):
+                mass[completion[:length]] = mass.get(completion[:length], 0.0) + probability
+        going = {completion[:length] for completion in self.completions for length in range(len(completion))}
+        vocabulary = max(token for completion in self.completions for token in completion) + 1
+        return {
+            prefix: torch.tensor([mass[(*prefix, token)] / mass[prefix] for token in range(vocabulary)]).double().log()
+            for prefix in sorted(going, key=len)
+        }
+
     def action_values(
         self, value: Callable[[Tensor, Tensor], Tensor], *, discount: float = 1.0
     ) -> list[dict[tuple[int, ...], Tensor]]:
@@ -225,27 +242,17 @@ class ExactProblem:
         Returns:
             For every prompt: prefix (token ids; ``()`` at the start) -> Q (V,), float64.
         """
-        return [self._tree(number, value, discount) for number in range(self.shape[0])]
-
-    def _tree(self, prompt: int, value: Callable[[Tensor, Tensor], Tensor], discount: float) -> dict:
-        # The mass of a prefix is the sum over its completions, so conditionals need no second forward pass.
-        mass: dict[tuple[int, ...], float] = {}
-        for completion, logprob in zip(self.completions, self.reference[prompt].tolist(), strict=True):
-            for length in range(len(completion) + 1):
-                prefix = completion[:length]
-                mass[prefix] = mass.get(prefix, 0.0) + torch.tensor(logprob).double().exp().item()
-        scores = dict(zip(self.completions, self.scores[prompt].tolist(), strict=True))
-        vocabulary = max(token for completion in self.completions for token in completion) + 1
-        values: dict[tuple[int, ...], Tensor] = {}
-        table: dict[tuple[int, ...], Tensor] = {}
-        for prefix in sorted((p for p in mass if p not in scores), key=len, reverse=True):
-            after = [(*prefix, token) for token in range(vocabulary)]
-            table[prefix] = torch.stack(
-                [torch.tensor(scores[p]).double() if p in scores else discount * values[p] for p in after]
-            )
-            conditional = torch.tensor([mass[p] for p in after]).double()
-            values[prefix] = value(table[prefix], (conditional / conditional.sum()).log())
-        return table
+        tables = []
+        for prompt, conditionals in enumerate(self.next_tokens()):
+            scores = dict(zip(self.completions, self.scores[prompt], strict=True))
+            values: dict[tuple[int, ...], Tensor] = {}
+            table: dict[tuple[int, ...], Tensor] = {}
+            for prefix, conditional in reversed(conditionals.items()):  # the longest first
+                after = [(*prefix, token) for token in range(len(conditional))]
+                table[prefix] = torch.stack([scores[p] if p in scores else discount * values[p] for p in after])
+                values[prefix] = value(table[prefix], conditional)
+            tables.append(table)
+        return tables
 
 
 def enumerate_completions(vocabulary: int, max_new_tokens: int, stop_ids: Sequence[int]) -> list[tuple[int, ...]]:

@@ -118,7 +118,10 @@ def online(algorithm: type[OnlineAlgorithm], *, iterations: int, lr: float, **se
             policy=world.policy, reward=world.reward, sampler=Sampler(max_new_tokens=STEPS), seed=seed,
             **{"kl": FixedKL(coef=BETA), **decaying(lr), **settings},
         )  # fmt: skip
-        fit(module, [{"prompt": [row["prompt"] for row in world.rows]}], max_epochs=iterations)
+        # As one batch, for every pass over a loader has its own seed, and to set it takes longer than to write this much.
+        prompts = [row["prompt"] for row in world.rows]
+        batch = prompts * (module.rollout_batch_size // module.group_size // len(prompts))
+        fit(module, [{"prompt": batch}], max_epochs=iterations)
         return world.policy
 
     return Solver(run)
