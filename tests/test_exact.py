@@ -1,11 +1,13 @@
 """The exact optimum: its closed forms against hand computation, brute force and simulation."""
 
+import functools
 import math
 
 import pytest
 import torch
 from benchmarks import exact_optimum
 
+from lit_rlhf.algorithms import DQN, ILQL
 from lit_rlhf.errors import UserError
 from lit_rlhf.exact import ExactProblem, enumerate_completions, letters_policy, table_reward
 
@@ -126,6 +128,94 @@ def test_values_of_the_reference_are_its_expected_reward_and_the_discount_counts
     assert float(halved[0][()][0]) == pytest.approx(ends[0])  # the end is paid at once
 
 
+def test_conditionals_of_the_reference_are_those_of_its_network():
+    policy, exact = problem(letters="abc", max_new_tokens=3)
+    prompt = policy.tokenizer("ba", return_tensors="pt")["input_ids"]
+    for prefix in [(), (2,), (1, 3)]:
+        ids = torch.cat([prompt, torch.tensor([prefix], dtype=torch.long)], dim=1)
+        with torch.no_grad():
+            wanted = policy.model(ids).logits[0, -1].double().log_softmax(-1)
+        torch.testing.assert_close(exact.next_tokens()[1][prefix], wanted, atol=1e-5, rtol=1e-5)
+
+
+def minimum(loss, start):
+    """Where a convex function of a few numbers is smallest, by descent: knows no closed form."""
+    x = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([x], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-10,
+                                  tolerance_change=1e-12)  # fmt: skip
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(x)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return x.detach()
+
+
+def values_by_the_papers_loss(exact, prompt):
+    """Q and V of ILQL by its loss (arXiv:2206.11871, section 4) at each prefix, actions as the reference draws them."""
+    scores = dict(zip(exact.completions, exact.scores[prompt].tolist(), strict=True))
+    q_table, v_table = {}, {}
+
+    def solve(prefix):
+        share = exact.next_tokens()[prompt][prefix].exp()
+        after = [(*prefix, token) for token in range(len(share))]
+        y = torch.tensor([scores[p] if p in scores else solve(p) for p in after]).double()
+        q = minimum(lambda q: (share * ((q - y) ** 2 + 0.1 * (q.logsumexp(0) - q))).sum(), y)
+
+        def expectile_loss(v):
+            return (share * torch.where(q > v, 0.7, 0.3) * (q - v) ** 2).sum()
+
+        q_table[prefix], v_table[prefix] = q, minimum(expectile_loss, q.mean())
+        return float(v_table[prefix])
+
+    solve(())
+    return q_table, v_table
+
+
+def test_the_exact_values_of_ilql_minimise_its_loss_at_every_prefix():
+    _, exact = problem(letters="abc", max_new_tokens=2)
+    q_table, v_table = exact_optimum.ILQL_GOAL.tables(exact)
+    for prompt in range(2):
+        q_wanted, v_wanted = values_by_the_papers_loss(exact, prompt)
+        assert q_wanted.keys() == q_table[prompt].keys() == v_table[prompt].keys()
+        for prefix, wanted in q_wanted.items():
+            torch.testing.assert_close(q_table[prompt][prefix], wanted, atol=1e-4, rtol=0)
+            torch.testing.assert_close(v_table[prompt][prefix], v_wanted[prefix], atol=1e-4, rtol=0)
+
+
+def test_the_exact_values_of_q_learning_are_the_best_continuations():
+    _, exact = problem(letters="abc", max_new_tokens=3)
+    tables = exact_optimum.DQN_GOAL.tables(exact)[0]
+    for prompt, prefix, token in [(0, (), 2), (1, (), 0), (1, (3,), 1), (0, (1, 2), 0)]:
+        start = (*prefix, token)
+        best = max(float(exact.scores[prompt][i]) for i, c in enumerate(exact.completions) if c[: len(start)] == start)
+        assert float(tables[prompt][prefix][token]) == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "goal", "names"),
+    [
+        (functools.partial(ILQL, gamma=1.0, cql_coef=0.1, expectile=0.7, polyak=0.1), "ILQL_GOAL", ["Q", "V"]),
+        (functools.partial(DQN, gamma=1.0, polyak=0.1), "DQN_GOAL", ["Q"]),
+    ],
+)
+def test_learned_values_are_those_of_dynamic_programming_entry_by_entry(algorithm, goal, names):
+    policy, exact = problem()
+    world = exact_optimum.World(policy, table_reward(seed=1), exact, ROWS)
+    goal = getattr(exact_optimum, goal)
+    at_first = exact_optimum.q_found(exact, algorithm(policy=policy), goal)
+    solver = exact_optimum.q_learning(algorithm, goal, completions=60_000, batch_size=256, epochs=1, lr=5e-3)
+    found = solver.run(world, seed=0)
+    assert list(found.errors) == names
+    for name, errors in found.errors.items():
+        assert errors.max() < 0.1, (name, errors)
+        assert at_first.errors[name].max() > 0.8
+    assert solver.regret(exact, found.logprobs) < 0.05
+
+
 @pytest.mark.parametrize(
     ("changes", "message"), [({"beta": 0.0}, "beta must be above 0"), ({"max_new_tokens": 13}, "too many completions")]
 )
@@ -134,8 +224,9 @@ def test_a_problem_that_cannot_be_solved_is_refused(changes, message):
         problem(**changes)
 
 
-def test_the_table_names_what_is_over_its_bound():
-    row = exact_optimum.Row("one", 0.05, [exact_optimum.Result(0.01, 1.0, 0.1, 2.0)])
+def test_the_table_names_what_is_over_the_bound_and_the_largest_errors():
+    row = exact_optimum.Row("one", [exact_optimum.Result(0.01, 1.0, 0.1, 2.0, {"Q": torch.tensor([0.1, 0.3])})])
     assert "over" not in row.text()
-    row.results.append(exact_optimum.Result(0.06, 1.0, 0.1, 2.0))
-    assert row.text().endswith("over its bound")
+    row.results.append(exact_optimum.Result(0.06, 1.0, 0.1, 2.0, {"Q": torch.tensor([0.2, 0.4])}))
+    assert row.text().endswith("over 0.05")
+    assert row.errors() == ["one Q: 0.250 mean, 0.400 largest"]
