@@ -262,7 +262,7 @@ def expectile_of(values: Tensor, logprobs: Tensor) -> Tensor:
     return low
 
 
-def conservative(targets: Tensor, logprobs: Tensor) -> Tensor:
+def conservative(targets: Tensor, logprobs: Tensor, coef: float = CONSERVATIVE) -> Tensor:
     """Where squared error and CQL term balance: min_q sum_a p_a [(q_a - y_a)^2 - c q_a] + c log sum_a exp q_a.
 
     By Newton's method; the goal is strictly convex.
@@ -270,8 +270,8 @@ def conservative(targets: Tensor, logprobs: Tensor) -> Tensor:
     shares, q = logprobs.exp(), targets
     for _ in range(50):
         soft = q.softmax(0)
-        slope = 2 * shares * (q - targets) + CONSERVATIVE * (soft - shares)
-        q = q - torch.linalg.solve((2 * shares + CONSERVATIVE * soft).diag() - CONSERVATIVE * soft.outer(soft), slope)
+        slope = 2 * shares * (q - targets) + coef * (soft - shares)
+        q = q - torch.linalg.solve((2 * shares + coef * soft).diag() - coef * soft.outer(soft), slope)
     return q
 
 
