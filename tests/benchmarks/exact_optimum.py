@@ -398,8 +398,8 @@ SOLVERS: dict[str, Solver] = {
         epochs=16, lr=1e-2,
     ),
     "expert iteration": imitation(
-        ExpertIteration, of_the_right, rollout_batch_size=65536, threshold=RIGHT, minibatch_size=2048, epochs=30,
-        lr=2e-2,
+        ExpertIteration, of_the_right, rollout_batch_size=65536, threshold=RIGHT, minibatch_size=4096, epochs=24,
+        lr=5e-3,
     ),
     "dpo": dpo(pairs=1_600_000, batch_size=8192, epochs=4, lr=1e-2),
     "ilql": q_learning(
