@@ -260,8 +260,8 @@ class ConstitutionalPreferences(_Generated):
         chats = [require_chat(prompt) for prompt in prompts for _ in range(self.pairs_per_prompt)]
         prompts = [prompt for prompt in prompts for _ in range(self.pairs_per_prompt)]
         sides = [self.writer.write(chats, seed=self.seed, stream=4 * side + _PAIR) for side in (0, 1)]
-        kept = [n for n, (one, other) in enumerate(zip(*sides, strict=True)) if one.strip() and other.strip() != one]
-        kept = [n for n in kept if sides[1][n].strip()]
+        bare = [[text.strip() for text in side] for side in sides]
+        kept = [n for n, (one, other) in enumerate(zip(*bare, strict=True)) if one and other and one != other]
         principles = [self.principle(_PAIR, n) for n in kept]
         first = self._prefers_first(prompts, sides[0], sides[1], kept, principles)
         second = self._prefers_first(prompts, sides[1], sides[0], kept, principles)

@@ -13,6 +13,7 @@ from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.batch import Experience, Rollout
 from lit_rlhf.checks import check_int
 from lit_rlhf.clip import AsymmetricClip, Clip
+from lit_rlhf.errors import UserError
 from lit_rlhf.functional import group_advantages, per_token
 from lit_rlhf.models.policy import PolicyOutput
 from lit_rlhf.rollout.loader import exact_div
@@ -48,12 +49,15 @@ class DAPO(OnlineAlgorithm):
         epochs: int = 1,
         **online: Any,
     ) -> None:
-        self.kept_batch_size = kept_batch_size
+        kept = None if kept_batch_size is None else check_int(self.experience_key, kept_batch_size, at_least=1)
+        self.kept_batch_size = kept
         super().__init__(group_size=group_size, epochs=epochs, **online)
-        if kept_batch_size is not None:
-            check_int(self.experience_key, kept_batch_size, at_least=1)
-            exact_div(kept_batch_size, group_size, self.experience_key, "algorithm.group_size")
-            check_int("algorithm.rollout_batch_size", self.rollout_batch_size, at_least=kept_batch_size)
+        if kept is not None:
+            exact_div(kept, group_size, self.experience_key, "algorithm.group_size")
+            if kept > self.rollout_batch_size:
+                raise UserError(
+                    f"{self.experience_key}={kept} is more than algorithm.rollout_batch_size={self.rollout_batch_size}"
+                )
         self.clip = clip or AsymmetricClip()
 
     @property

@@ -147,8 +147,9 @@ def load_guidance(folder: str | Path, model: PreTrainedModel) -> GuidedModel | P
     config = model.config.get_text_config()
     try:
         guidance = json.loads((folder / GUIDANCE_FILE).read_text())
-        heads = nn.ModuleList(Head(config.hidden_size, config.vocab_size) for _ in range(guidance["heads"]))
-        heads.load_state_dict(load_file(folder / HEADS_FILE))
+        with torch.device("meta"):  # else each would first draw its weights: seconds with a large vocabulary
+            heads = nn.ModuleList(Head(config.hidden_size, config.vocab_size) for _ in range(guidance["heads"]))
+        heads.load_state_dict(load_file(folder / HEADS_FILE), assign=True)
         return GuidedModel(model, heads.eval(), beta=guidance["beta"], prior=guidance["prior"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"policy.path={folder}: its Q heads cannot be loaded: {error}") from error

@@ -117,7 +117,7 @@ def test_the_judge_sees_both_orders_and_its_probability_is_averaged(tmp_path):
 
 def test_equal_and_empty_answers_make_no_pair_and_no_revision(tmp_path):
     with pytest.raises(UserError, match=r"4 prompts of data\.source gave 0 rows"):
-        made(preferences(tmp_path, Script(answers=["same", "same"])))
+        made(preferences(tmp_path, Script(answers=["same", " same "])))
     with pytest.raises(UserError, match="gave 0 rows"):
         made(preferences(tmp_path, Script(answers=["one", " "])))
     with pytest.raises(UserError, match="gave 0 rows"):
@@ -210,3 +210,26 @@ def test_all_stages_run_one_after_the_other(folder, tiny_models, writer_folder):
     written = sft.stat().st_mtime_ns
     assert run_here("pipeline", "experiment=constitutional", *stages, "paths.output_dir=out").code == 0
     assert sft.stat().st_mtime_ns == written
+
+
+@pytest.mark.real
+def test_all_stages_run_with_smollm2_as_writer_judge_and_policy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    brief = ["trainer.max_epochs=1", "logger=csv"]
+    few = ["data.limit=4", *(f"data.{who}.max_new_tokens=12" for who in ("writer", "judge"))]
+    own = {
+        "sft": [*brief, *few],
+        "reward_model": [*brief, few[0], few[2], "data.writer.max_new_tokens=12"],
+        "ppo": [*brief, "sampler.max_new_tokens=12", "algorithm.rollout_batch_size=4", "algorithm.minibatch_size=2",
+                "trainer.limit_val_batches=0"],
+    }  # fmt: skip
+    stages = [f"{stage}.{override}" for stage, overrides in own.items() for override in overrides]
+    done = run_here("pipeline", "experiment=constitutional", *stages, "paths.output_dir=out")
+    assert done.code == 0, done.err
+    (revised,) = (tmp_path / "out" / "sft").glob("revisions-*.jsonl")
+    rows = [json.loads(line) for line in revised.read_text().splitlines()]
+    assert len(rows) == 4
+    assert all(row["first"] != row["completion"] for row in rows)
+    (pairs,) = (tmp_path / "out" / "reward_model").glob("preferences-*.jsonl")
+    assert all(0.5 <= json.loads(line)["agreement"] <= 1 for line in pairs.read_text().splitlines())
+    assert json.loads((tmp_path / "out" / "ppo" / "summary.json").read_text())["status"] == "completed"
