@@ -1,7 +1,7 @@
 """DAPO, decoupled clip and dynamic sampling policy optimisation (Yu et al. 2025, arXiv:2503.14476, section 3).
 
 Against GRPO: a wider upper clip bound (``clip=asymmetric``), a mean over all tokens instead of over completions, and
-dynamic sampling: prompts whose completions all score the same teach nothing and are left out.
+dynamic sampling: prompts whose completions all have the same reward teach nothing and are left out.
 """
 
 from typing import Any
@@ -24,7 +24,8 @@ class DAPO(OnlineAlgorithm):
 
     The paper samples until a batch of groups that differ is full. Here an iteration samples ``rollout_batch_size``
     completions and learns from ``kept_batch_size`` of them, those of the first groups that differ; where there are too
-    few, groups of equal scores fill up, whose advantages are 0.
+    few, groups of equal rewards fill up, whose advantages are 0. With a KL penalty in the reward (the paper has none),
+    rewards differ wherever the KLs do.
 
     Args:
         clip: bounds of the ratio rho of a token; 0.2 down and 0.28 up by default.

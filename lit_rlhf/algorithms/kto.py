@@ -35,8 +35,8 @@ class KTO(OfflineAlgorithm):
     With a completion's log-ratio l of policy to reference: L = mean w (1 - sigmoid(beta (l - z))) for the desirable
     ones, w (1 - sigmoid(beta (z - l))) for the undesirable ones. The reference point z = max(0, mean of the log-ratios
     of each prompt with the completion of the row before it) estimates KL(policy || reference) from the forward pass's
-    own batch, a micro-batch, in all processes; no gradient flows into it. A batch of a single row, such as an epoch's
-    last, has z = 0.
+    own batch, a micro-batch, in all processes; no gradient flows into it. A batch of a single row or pair, such as an
+    epoch's last, has z = 0.
 
     Batches are dicts of columns: ``prompt`` (may be missing), ``completion`` and ``label``, true where the completion
     is desirable; or pairs, ``chosen`` and ``rejected``, which are taken apart. The reference is the policy that the run
@@ -82,7 +82,10 @@ class KTO(OfflineAlgorithm):
         completions = CompletionBatch.cat(parts)
         rows = [text for column in texts.values() for text in column]
         openings = None if prompts is None else prompts * len(texts)
-        mismatched = tokenize_completions(openings, rows[-1:] + rows[:-1], "", self.policy, self.max_length)
+        others = rows[-1:] + rows[:-1]
+        if len(rows) == len(texts):  # both completions of a lone pair have the same prompt: a row alone, see below
+            openings, others = openings and openings[:1], others[:1]
+        mismatched = tokenize_completions(openings, others, "", self.policy, self.max_length)
         inputs = LabelledBatch(completions, desirable, mismatched)
         return MicroBatch(inputs, terms=len(rows), sequences=len(rows), tokens=completions.count)
 

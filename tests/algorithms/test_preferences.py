@@ -163,10 +163,15 @@ def test_kto_takes_pairs_apart():
     assert torch.equal(pairs.inputs.desirable, rows.inputs.desirable)
 
 
-def test_a_single_row_has_no_mismatched_completion_and_a_reference_point_of_zero():
+@pytest.mark.parametrize("rows", [LABELLED[:1], PAIRS[:1]])
+def test_a_prompt_alone_has_no_mismatched_completion_and_a_reference_point_of_zero(rows):
     algorithm, _ = make(KTO)
-    _, metrics = algorithm.loss(algorithm.collate(columns(LABELLED[:1])).inputs)
-    assert float(metrics["kto/kl"]) == 0
+    inputs = algorithm.collate(columns(rows)).inputs
+    assert len(inputs.mismatched) == 1
+    for scale in (0.3, 3):  # one of them lets the policy like its own completion more than the reference does
+        algorithm.policy.model.get_output_embeddings().weight.data *= scale
+        _, metrics = algorithm.loss(inputs)
+        assert float(metrics["kto/kl"]) == 0
 
 
 def test_without_prompts_whole_texts_are_compared_from_their_second_token():
