@@ -60,6 +60,17 @@ def installed(package: str, folder: Path) -> Path:
     return folder
 
 
+def require_same_work(side: Side, reply: dict[str, Any]) -> None:
+    """Raises RuntimeError if a side's iteration generated another number of tokens than its work asks for.
+
+    ``exact`` says whether every single completion has the right length, where a side knows.
+    """
+    if reply["tokens"] != side.settings.tokens or not reply.get("exact", True):
+        raise RuntimeError(
+            f"{side.program} generated {reply['tokens']} tokens and not {side.settings.tokens}, or in other lengths"
+        )
+
+
 class Contender:
     """A side's process."""
 
@@ -103,9 +114,7 @@ class Contender:
         self._process.stdin.flush()
         reply = self._read()
         if what != "floor":
-            settings = self.side.settings
-            if reply["tokens"] != settings.tokens or not reply.get("exact", True):
-                raise RuntimeError(f"{self.side.program} generated {reply['tokens']} tokens, not {settings.tokens}")
+            require_same_work(self.side, reply)
         return reply
 
     def _read(self) -> dict[str, Any]:
