@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def replies_of(settings, requests, folder, monkeypatch):
 
 
 def test_our_ppo_does_one_whole_iteration_for_each_request(tmp_path, monkeypatch):
-    settings = TOY.sized(TRAINING["W2"])
+    settings = TOY.sized(replace(TRAINING["W2"], update_memory=True))
     first, second, limit, profiled = replies_of(
         settings, ["iterate", "iterate", "floor", "profile"], tmp_path, monkeypatch
     )

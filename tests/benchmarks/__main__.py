@@ -27,7 +27,7 @@ from pathlib import Path
 from tests.benchmarks.commands import start, sweeps
 from tests.benchmarks.profiling import profile
 from tests.benchmarks.table import markdown, to_json
-from tests.benchmarks.works import WORKS, Plan
+from tests.benchmarks.works import TRAINING, WORKS, Plan
 
 ALL = {**WORKS, "start": start, "sweeps": sweeps}
 
@@ -44,11 +44,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ours-only", action="store_true", help="without the peers")
     parser.add_argument("--profile", action="store_true", help="profile our side of W1, W2, W3 or W5 instead")
     options = parser.parse_args(arguments)
+    if min(options.rounds, options.threads) < 1:
+        parser.error("--rounds and --threads must be at least 1")
     if unknown := sorted(set(options.works) - set(ALL)):
         parser.error(f"there is no {unknown[0]}, but {', '.join(ALL)}")
     plan = Plan(rounds=options.rounds, threads=options.threads, toy=options.toy, peers=not options.ours_only)
     if options.profile:
-        print(profile(plan, options.works or ["W2", "W3"]))
+        if unknown := sorted(set(options.works) - set(TRAINING)):
+            parser.error(f"{unknown[0]} is no training; --profile takes {', '.join(TRAINING)}")
+        for part in profile(plan, options.works or ["W2", "W3"]):
+            print(part, flush=True)
         return
     rows = []
     for name in options.works or ALL:

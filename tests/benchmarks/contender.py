@@ -58,7 +58,7 @@ class Gate:
             if request["do"] == "profile":
                 from torch.profiler import ProfilerActivity, profile
 
-                self._profiler = profile(activities=[ProfilerActivity.CPU]).__enter__()
+                self._profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True).__enter__()
             self._started = time.perf_counter()
             return
         raise Done
@@ -77,16 +77,22 @@ class Gate:
             reply["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if self._profiler is not None:
             self._profiler.__exit__(None, None, None)
-            reply["operators"] = operators(self._profiler)
+            reply["operators"] = operators(self._profiler, shapes=False)
+            reply["operators_by_shape"] = operators(self._profiler, shapes=True)
             self._profiler = None
         return reply
 
 
-def operators(profiler: Any, count: int = 15) -> list[dict[str, Any]]:
-    """The operators that took most time by themselves: name, shapes left out, calls, seconds."""
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+def operators(profiler: Any, *, shapes: bool, count: int = 15) -> list[dict[str, Any]]:
+    """The operators that took most time by themselves: name, calls, seconds; with ``shapes``, told apart by shapes."""
+    events = sorted(profiler.key_averages(group_by_input_shape=shapes), key=lambda event: -event.self_cpu_time_total)
     return [
-        {"name": e.key, "calls": e.count, "seconds": round(e.self_cpu_time_total / 1e6, 3)} for e in events[:count]
+        {
+            "name": f"{event.key} {event.input_shapes}" if shapes else event.key,
+            "calls": event.count,
+            "seconds": round(event.self_cpu_time_total / 1e6, 3),
+        }
+        for event in events[:count]
     ]
 
 

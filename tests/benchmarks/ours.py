@@ -89,14 +89,12 @@ def train(settings: Settings, materials: Materials, gate: Gate) -> None:
 
 
 class _Wait(L.Callback):
-    """Waits at the gate before each iteration, and says of each what it did.
-
-    The first iteration, which only warms up, also measures the memory that the update takes for itself.
-    """
+    """Waits at the gate before each iteration, and says of each what it did."""
 
     def __init__(self, gate: Gate, settings: Settings) -> None:
-        self.gate, self.settings = gate, settings
-        self.first, self.tokens = True, 0
+        self.gate = gate
+        self.measures_update = settings.update_memory  # in the first iteration
+        self.tokens = 0
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if hasattr(module.reward, "scorer"):
@@ -109,15 +107,14 @@ class _Wait(L.Callback):
         self.gate.wait()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
-        if self.first and index == 0:
+        if self.measures_update and index == 0:
             give_back_memory()
-            self.gate.facts["whole_peak_gb"] = peak_memory_gb()
             reset_peak_memory()
 
     def on_row(self, trainer: L.Trainer, module: L.LightningModule, row: dict[str, float]) -> None:
-        if self.first:
+        if self.measures_update:
             self.gate.facts["update_peak_gb"] = peak_memory_gb()
-        self.first = False
+            self.measures_update = False
         stages = {name: round(value, 4) for name, value in row.items() if name.startswith("time/")}
         self.gate.facts.update(tokens=row["tokens"] - self.tokens, stages=stages)
         self.tokens = row["tokens"]

@@ -1,6 +1,7 @@
 """Where our time goes: the stages of an iteration, beside their arithmetic floor, and the operators that take most."""
 
 import statistics
+from collections.abc import Iterator
 
 from tests.benchmarks.host import Contender, Side, contenders
 from tests.benchmarks.works import TRAINING, Plan
@@ -9,18 +10,16 @@ from tests.benchmarks.works import TRAINING, Plan
 STAGES = ("rollout", "score", "anchor", "advantage", "update", "iteration")
 
 
-def profile(plan: Plan, names: list[str]) -> str:
-    """Markdown tables of our side of the works ``names``.
+def profile(plan: Plan, names: list[str]) -> Iterator[str]:
+    """Markdown tables of our side of the works ``names``, one after the other.
 
     The stages are medians of ``plan.rounds`` iterations; the operators are those of one more, under torch's profiler,
     which makes it slower.
     """
-    parts = []
     for name in names:
         settings = plan.sized(TRAINING[name])
         with contenders([Side(program=f"ours.{settings.work}", settings=settings)]) as (ours,):
-            parts.append(f"## {name}\n\n{_stages(ours, plan.rounds)}\n\n{_operators(ours)}")
-    return "\n\n".join(parts)
+            yield f"## {name}\n\n{_stages(ours, plan.rounds)}\n\n{_operators(ours)}\n"
 
 
 def _stages(ours: Contender, rounds: int) -> str:
@@ -38,5 +37,6 @@ def _stages(ours: Contender, rounds: int) -> str:
 def _operators(ours: Contender) -> str:
     reply = ours.ask("profile")
     lines = [f"| operator, in {reply['seconds']:.2f} s | calls | seconds by itself |", "|---|---|---|"]
-    lines += [f"| `{o['name']}` | {o['calls']} | {o['seconds']:.3f} |" for o in reply["operators"]]
+    for kind in ("operators", "operators_by_shape"):
+        lines += [f"| `{o['name']}` | {o['calls']} | {o['seconds']:.3f} |" for o in reply[kind]]
     return "\n".join(lines)

@@ -25,6 +25,7 @@ class Settings:
         separate_critic: a critic of the policy's size instead of a value head.
         dtype: of the weights that ``generate`` decodes with.
         threads: of torch.
+        update_memory: measure our update's memory apart, in the first iteration; what was freed before is given back.
     """
 
     work: str = "ppo"
@@ -41,6 +42,7 @@ class Settings:
     separate_critic: bool = False
     dtype: str = "float32"
     threads: int = 2
+    update_memory: bool = False
 
     @property
     def tokens(self) -> int:

@@ -65,7 +65,6 @@ class Row:
     work: str
     ours: list[float]
     peer: list[float] = field(default_factory=list)
-    unit: str = "s"
     limit: float | None = None  # fraction of the arithmetic floor
     targets: list[Target] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
@@ -96,8 +95,8 @@ def seconds(replies: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def peak(replies: Sequence[dict[str, Any]]) -> float:
-    """The largest resident memory of a side's process over its whole life, in GB; ours is read in two parts."""
-    return max(max(reply["peak_gb"], reply.get("whole_peak_gb", 0.0)) for reply in replies)
+    """The largest resident memory of a side's process over its whole life, in GB."""
+    return replies[-1]["peak_gb"]
 
 
 def compare(
@@ -166,7 +165,7 @@ def rollouts(plan: Plan) -> list[Row]:
 
 def growth(plan: Plan) -> list[Row]:
     """Time per token from few to many prompts, time from short to long responses, the update's memory."""
-    base = plan.sized(Settings())
+    base = plan.sized(Settings(update_memory=True))
     counts, lengths = ((4, 8), (4, 8)) if plan.toy else ((8, 64, 256), (16, 64, 256))
     short = replace(base, completions=counts[0])
 
