@@ -27,7 +27,12 @@ from lit_rlhf.run_folder import replace_file, whole_lines
 
 log = logging.getLogger(__name__)
 
-_PARTS = ("critique", "revision", "choice")
+# What is asked in each step, of a principle that is one text.
+_PARTS = {
+    "critique": "Say where it does not follow this principle: {}",
+    "revision": "Rewrite it so that it follows this principle: {}",
+    "choice": "Which answer follows this principle better? {}",
+}
 _FIRST, _CRITIQUE, _REVISION, _PAIR = range(4)  # keep the random numbers of the steps apart
 
 _CRITIQUE_REQUEST = "Critique your last answer. {request} Name what is wrong with it in at most three sentences."
@@ -56,18 +61,26 @@ class Model(Protocol):
 def check_constitution(constitution: Any) -> list[dict[str, str]]:
     """The principles of ``{"principles": [{"critique": ..., "revision": ..., "choice": ...}, ...]}``.
 
+    A principle that is one text, such as "The answer is honest", is put into a request for each step.
+
     Raises:
         UserError: there are none, or one lacks a part.
     """
     principles = constitution.get("principles") if isinstance(constitution, Mapping) else None
     if not isinstance(principles, list) or not principles:
         raise UserError(f"data.constitution.principles must be a list of at least one principle, got {principles!r}")
+    whole: list[dict[str, str]] = []
     for number, principle in enumerate(principles):
+        key = f"data.constitution.principles[{number}]"
+        if isinstance(principle, str) and principle.strip():
+            principle = {part: request.format(principle.strip()) for part, request in _PARTS.items()}
+        if not isinstance(principle, Mapping):
+            raise UserError(f"{key} must be a text or have the texts {', '.join(_PARTS)}, got {principle!r}")
         for part in _PARTS:
-            text = principle.get(part) if isinstance(principle, Mapping) else None
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"data.constitution.principles[{number}].{part} must be a text, got {text!r}")
-    return principles
+            if not isinstance(text := principle.get(part), str) or not text.strip():
+                raise UserError(f"{key}.{part} must be a text, got {text!r}")
+        whole.append(dict(principle))
+    return whole
 
 
 class _Generated(PromptsData):
@@ -162,7 +175,7 @@ class ConstitutionalRevisions(_Generated):
 
     Args:
         source: a LightningDataModule of prompts, texts or chats.
-        constitution: ``principles``, a list of dicts with the texts ``critique``, ``revision`` and ``choice``.
+        constitution: ``principles``: texts, or dicts of the texts ``critique``, ``revision`` and ``choice``.
         writer, judge: see ``Model``; they may be the same.
         folder: where the file with the rows lies.
         rounds: critiques and revisions of an answer.

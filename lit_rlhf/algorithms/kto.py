@@ -4,6 +4,7 @@ Ethayarajh et al. 2024 (arXiv:2402.01306). Against DPO a completion is compared 
 the KL between policy and reference, instead of with another completion.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ from lit_rlhf.distributed import gather
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import kto_loss
 from lit_rlhf.models.policy import Policy
+
+log = logging.getLogger(__name__)
+_ENOUGH = 256  # rows to tell data of one label by
 
 
 class LabelledBatch(NamedTuple):
@@ -73,6 +77,7 @@ class KTO(OfflineAlgorithm):
         self.max_length = check_max_length(max_length, policy)
         self.policy = policy
         self.anchor(policy)
+        self._one_label = False  # every row so far had the same; known from the run's start on only
 
     def collate(self, batch: Any) -> MicroBatch:
         prompts, texts, desirable = _judged(batch)
@@ -115,6 +120,21 @@ class KTO(OfflineAlgorithm):
         total = float(ratios.sum()) if len(mismatched) > 1 else 0.0
         sums, counts = zip(*gather((total, len(mismatched))), strict=True)
         return ratios.new_tensor(sum(sums) / sum(counts)).clamp(min=0)
+
+    def on_train_start(self) -> None:
+        self._one_label = self.sequences == 0
+        super().on_train_start()
+
+    def write_row(self, validation: dict[str, float] | None = None) -> None:
+        share = self.means.compute().get("kto/desirable", 0.5)
+        self._one_label &= share in (0, 1)
+        if self._one_label and (self.sequences >= _ENOUGH or not self.within_epoch):
+            self._one_label = False  # said once
+            log.warning(
+                "the first %d rows are all %s; KTO learns from both, so put undesirable and desirable rows into the "
+                "data and shuffle them", self.sequences, "desirable" if share else "undesirable",
+            )  # fmt: skip
+        super().write_row(validation)
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         if "kto/desirable" not in means:

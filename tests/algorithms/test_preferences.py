@@ -332,6 +332,15 @@ def test_a_label_may_be_a_tensor_as_the_default_collate_makes_it():
     assert micro.inputs.desirable.tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize(("labels", "told"), [([True] * 8, "desirable"), ([False] * 8, "undesirable"),
+                                              ([True, False] * 4, None)])  # fmt: skip
+def test_kto_says_when_its_rows_have_one_label(trainer, caplog, labels, told):
+    rows = [{"prompt": "q", "completion": f"film {n}", "label": label} for n, label in enumerate(labels)]
+    trainer(max_epochs=2).fit(KTO(policy=tiny_policy(), log_every_n_steps=1), DataLoader(rows, batch_size=2))
+    said = [r.getMessage() for r in caplog.records if "KTO learns from both" in r.getMessage()]
+    assert [text.split(";")[0] for text in said] == ([f"the first 8 rows are all {told}"] if told else [])
+
+
 def test_kto_refuses_batches_of_one_row(trainer):
     with pytest.raises(UserError, match=r"data\.batch_size=1"):
         trainer(max_epochs=1).fit(KTO(policy=tiny_policy()), loader(LABELLED, 1))

@@ -156,6 +156,24 @@ def test_a_principle_without_a_part_is_refused_by_its_key(tmp_path):
         revisions(tmp_path, constitution={"principles": broken})
 
 
+@pytest.mark.parametrize("principle", [" ", 3, None, ["be kind"]])
+def test_a_principle_that_is_none_is_refused_by_its_key(tmp_path, principle):
+    with pytest.raises(UserError, match=r"principles\[1\] must be a text or have the texts critique"):
+        revisions(tmp_path, constitution={"principles": [PRINCIPLES[0], principle]})
+
+
+def test_a_principle_of_one_text_is_asked_in_every_step(tmp_path):
+    writer, judge = Script("w"), Script("j")
+    constitution = {"principles": ["The answer is kind."]}
+    made(revisions(tmp_path, writer, judge, constitution=constitution))
+    (critiques,), (_, rewrites) = judge.asked, writer.asked
+    assert all("does not follow this principle: The answer is kind." in chat[-1]["content"] for chat in critiques)
+    assert all("follows this principle: The answer is kind." in chat[-1]["content"] for chat in rewrites)
+    made(preferences(tmp_path, judge=judge, constitution=constitution))
+    assert judge.questions
+    assert all("better? The answer is kind." in question for question in judge.questions)
+
+
 @pytest.mark.parametrize("name", ["rounds", "limit", "batch_size"])
 def test_numbers_out_of_range_are_refused_by_name(tmp_path, name):
     with pytest.raises(UserError, match=rf"data\.{name} must be a whole number of at least 1, got 0"):
