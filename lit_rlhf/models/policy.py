@@ -126,20 +126,29 @@ class Policy(nn.Module):
 
     @classmethod
     def from_config(
-        cls, *, tokenizer: str, lora: dict[str, Any] | None = None, model_type: str = "llama", **config: Any
+        cls,
+        *,
+        tokenizer: str,
+        lora: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        model_type: str = "llama",
+        **config: Any,
     ) -> "Policy":
         """A randomly initialised model: ``config`` goes to transformers' config class of ``model_type``.
 
-        ``tokenizer`` is a path or hub name, or ``bytes``: one token a byte, made on the spot.
+        ``tokenizer`` is a path or hub name, or ``bytes``: one token a byte, made on the spot. ``vocab_size`` may be
+        larger than its vocabulary.
         """
         made = byte_tokenizer() if tokenizer == "bytes" else AutoTokenizer.from_pretrained(resolve_model(tokenizer))
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if name in config:
                 check_int(f"policy.{name}", config[name], at_least=1)
+        if "vocab_size" in config:
+            check_int("policy.vocab_size", config["vocab_size"], at_least=len(made))
         special = {"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id}
         try:
             model_config = AutoConfig.for_model(
-                model_type, vocab_size=len(made), pad_token_id=made.pad_token_id, **special, **config
+                model_type, pad_token_id=made.pad_token_id, **special, **{"vocab_size": len(made), **config}
             )
         except ValueError as error:
             raise UserError(f"policy.model_type={model_type}: {error}") from error
@@ -147,7 +156,8 @@ class Policy(nn.Module):
         known = {**AutoConfig.for_model(model_type).to_dict(), **model_config.attribute_map}
         if unread := sorted(set(config) - set(known)):
             raise UserError(f"a model of policy.model_type={model_type} does not read {', '.join(unread)}")
-        return cls(model=AutoModelForCausalLM.from_config(model_config), tokenizer=made, lora=lora)
+        model = AutoModelForCausalLM.from_config(model_config)
+        return cls(model=model, tokenizer=made, lora=lora, gradient_checkpointing=gradient_checkpointing)
 
     @property
     def base(self) -> PreTrainedModel:
