@@ -67,8 +67,7 @@ def build(config: DictConfig) -> Run:
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     folder = Path(config.paths.output_dir).absolute()
-    parts = {name: instantiate(config[name], name) for name in PARTS if name in config}
-    algorithm = instantiate(config.algorithm, "algorithm", seed=config.seed, **parts)
+    algorithm = make_algorithm(config)
     precision = resolve_precision(config)
     loggers = instantiate_all(config.get("logger"), "logger")
     if not any(isinstance(logger, CSVLogger) for logger in loggers):
@@ -87,6 +86,16 @@ def build(config: DictConfig) -> Run:
         )
     algorithm.config = {**resolved(config), "precision_used": precision}
     return Run(folder, algorithm.config, algorithm, datamodule, trainer)
+
+
+def make_algorithm(config: DictConfig) -> Algorithm:
+    """Makes the algorithm of a composed config with all of its parts.
+
+    Raises:
+        UserError: a key that nobody reads, or a value that a constructor refuses.
+    """
+    parts = {name: instantiate(config[name], name) for name in PARTS if name in config}
+    return instantiate(config.algorithm, "algorithm", seed=config.seed, **parts)
 
 
 def resolve_precision(config: DictConfig) -> str | int:
