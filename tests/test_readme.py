@@ -86,7 +86,7 @@ def test_the_example_package_plugs_in_from_outside(command, installed, monkeypat
     shutil.rmtree(installed / "run")
 
 
-COMPOSED = [c for c in commands() if c.split()[1] in ("train", "pipeline", "eval", "sample")]
+COMPOSED = [c for c in commands() if c.split()[1] in ("train", "pipeline", "eval", "sample", "estimate")]
 
 
 def first_value(argument):

@@ -46,7 +46,7 @@ def real(*command: str, cwd: Path, **changes) -> subprocess.CompletedProcess:
 def test_help_lists_the_commands(arguments):
     result = run_here(*arguments)
     assert result.code == 0
-    for command in ("train", "pipeline", "eval", "report", "sample", "fetch"):
+    for command in ("train", "pipeline", "eval", "report", "sample", "estimate", "fetch"):
         assert f"\n  {command} " in result.out
 
 
@@ -75,7 +75,7 @@ def test_an_unknown_command_is_named_and_the_known_ones_are_listed():
     assert "pipeline" in result.err
 
 
-@pytest.mark.parametrize("command", ["train", "pipeline", "eval", "sample"])
+@pytest.mark.parametrize("command", ["train", "pipeline", "eval", "sample", "estimate"])
 def test_help_of_a_command_shows_its_config(command, folder):
     result = run_here(command, "--help")
     assert result.code == 0
