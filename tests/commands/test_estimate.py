@@ -179,19 +179,21 @@ def test_more_work_takes_more_time_and_memory():
         assert found.iteration > base.iteration
         assert found.peak > base.peak or more.startswith("algorithm")  # the update has micro-batches
     twice = estimated("machine.start=0", "algorithm.ppo_epochs=4")
-    assert twice.seconds["7 forward, backward"] == pytest.approx(2 * base.seconds["7 loss: forward, backward"])
+    assert twice.seconds["7 forward, backward"] == pytest.approx(2 * base.seconds["7 forward, backward"])
 
 
 def test_this_machine_is_measured_at_the_shapes_that_occur():
     machine = ThisMachine()
-    x, weight = torch.randn(256, 512), torch.randn(512, 512)
-    with Trace() as trace:
-        x @ weight
-    again = Trace()
-    with again:
-        (x + x) @ weight
-    assert 0 < machine.seconds(trace) < machine.seconds(again) < 0.1
-    assert machine.memory > 1
+
+    def product(size: int) -> Trace:
+        x, weight = torch.randn(size, size), torch.randn(size, size)
+        with Trace() as trace:
+            x @ weight
+        return trace
+
+    small, large = product(16), product(1024)  # 2^18 times the arithmetic: other processes cannot hide that
+    assert 0 < machine.seconds(small) < machine.seconds(large)
+    assert machine.operation(large.operations[0][0]) == machine.operation(large.operations[0][0])  # is run once
     assert 0.05 < machine.reserved < machine.memory
 
 
