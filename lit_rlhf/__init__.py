@@ -104,6 +104,9 @@ _HOME = {
     "build_report": "report",
     # how far a policy is from the best possible one
     "ExactProblem": "exact",
+    # what a run takes before it starts
+    "Machine": "estimation",
+    "ThisMachine": "estimation",
     "UserError": "errors",
 }
 __all__ = [*_HOME]

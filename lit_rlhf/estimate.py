@@ -16,11 +16,11 @@ from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.checks import check_int
 from lit_rlhf.config import command, instantiate, refuse_unknown
 from lit_rlhf.errors import UserError
+from lit_rlhf.estimation.roofline import Machine
+from lit_rlhf.estimation.shapes import shapes_only, size_of
+from lit_rlhf.estimation.stages import Layout, Stage, frozen_reference, leaves, offline_stages, online_stages
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rewards.http import JsonClient
-from lit_rlhf.roofline import Machine
-from lit_rlhf.shapes import shapes_only, size_of
-from lit_rlhf.stages import Layout, Stage, frozen_reference, leaves, offline_stages, online_stages
 from lit_rlhf.train import check_plain, make_algorithm
 
 _OWN = ("machine", "prompt_length", "response_length", "format")
@@ -126,7 +126,7 @@ def _machine(config: DictConfig) -> Machine:
     refuse_unknown(config, {"_target_", *known}, under="machine")
     machine = instantiate(config.machine, "machine")
     if not isinstance(machine, Machine):
-        raise UserError(f"config key 'machine' makes a {type(machine).__name__}, not a lit_rlhf.roofline.Machine")
+        raise UserError(f"config key 'machine' makes a {type(machine).__name__}, not a lit_rlhf.Machine")
     return machine
 
 

@@ -12,10 +12,10 @@ from lit_rlhf.algorithms import PPO
 from lit_rlhf.config import CONFIG_DIR
 from lit_rlhf.errors import UserError
 from lit_rlhf.estimate import Estimate, estimate, require_fit
+from lit_rlhf.estimation.roofline import Machine, ThisMachine
+from lit_rlhf.estimation.shapes import Trace, shapes_only, size_of
 from lit_rlhf.models import Policy, SeparateCritic
 from lit_rlhf.models.policy import byte_tokenizer
-from lit_rlhf.roofline import Machine, ThisMachine
-from lit_rlhf.shapes import Trace, shapes_only, size_of
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY = ["policy=tiny", *(f"policy.{key}={value}" for key, value in SHAPE.items()), "machine=h100", "prompt_length=8"]

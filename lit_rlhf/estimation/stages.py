@@ -28,12 +28,12 @@ from lit_rlhf.algorithms.rewarded import RewardedBatch
 from lit_rlhf.algorithms.trpo import _Part
 from lit_rlhf.batch import CompletionBatch, Experience
 from lit_rlhf.errors import UserError
+from lit_rlhf.estimation.shapes import Trace, size_of
 from lit_rlhf.models.reference import FrozenCopy
 from lit_rlhf.rewards.group import RewardGroup
 from lit_rlhf.rewards.model import ModelReward
 from lit_rlhf.rollout.loader import PROCESSES, exact_div
 from lit_rlhf.rollout.sampler import position_ids
-from lit_rlhf.shapes import Trace, size_of
 
 
 @dataclass(frozen=True, kw_only=True)

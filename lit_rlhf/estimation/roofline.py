@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lit_rlhf.checks import check_int, check_number
+from lit_rlhf.estimation.shapes import Operation, Shape, Trace
 from lit_rlhf.machine import best_precision, keep_freed_memory
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.shapes import Operation, Shape, Trace
 
 _HALF = (torch.bfloat16, torch.float16)
 
