@@ -24,7 +24,10 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.algorithms.judged import decode_completions
-from lit_rlhf.batch import Rollout
+from lit_rlhf.algorithms.offline import MicroBatch
+from lit_rlhf.algorithms.pairs import PairBatch
+from lit_rlhf.batch import CompletionBatch, Rollout
+from lit_rlhf.checks import check_number
 from lit_rlhf.data.tokenize import tokenize_prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy
@@ -74,7 +77,7 @@ class ExactProblem:
         optimum: (X, Y) log-probabilities of p*.
 
     Raises:
-        UserError: ``beta`` is not positive, or there are too many completions to write down.
+        UserError: there are no rows, ``beta`` is not positive, or there are too many completions to write down.
 
     Example:
         >>> policy = letters_policy("ab", seed=0)
@@ -89,6 +92,8 @@ class ExactProblem:
     def __init__(
         self, *, policy: Policy, rows: Sequence[Mapping[str, Any]], reward: Reward, beta: float, max_new_tokens: int = 3
     ) -> None:
+        if not rows:
+            raise UserError("rows is empty; a problem needs at least one prompt")
         if not beta > 0:
             raise UserError(f"beta must be above 0 for an optimum to exist in closed form, got {beta}")
         self.beta = beta
@@ -186,27 +191,65 @@ class ExactProblem:
         chosen = ((below + equal) ** count - below**count) / equal
         return (probabilities * chosen).log().log_softmax(-1)
 
-    def preferences(self, count: int, *, seed: int) -> list[dict[str, str]]:
-        """``count`` pairs of completions of the reference, ordered by Bradley-Terry: rows for DPO and its siblings.
+    # ---- data for the offline algorithms --------------------------------------------------------------------------
 
-        P(chosen) = sigmoid(r(chosen) - r(rejected)), so DPO's optimum at ``beta`` is p*. Pairs of equal completions
-        are drawn again.
+    def preferences(self, count: int, *, seed: int, flipped: float = 0.0) -> Tensor:
+        """``count`` pairs of completions of the reference, ordered by Bradley-Terry.
+
+        P(chosen) = sigmoid(r(chosen) - r(rejected)), so DPO's optimum at ``beta`` is p*. Prompts are equally likely;
+        pairs of equal completions are drawn again. They are numbers of completions and not texts, because a text cannot
+        say whether its completion ended or was cut at ``max_new_tokens``: ``pair_batch`` gives their tokens.
+
+        Args:
+            count: pairs.
+            seed: of the draws.
+            flipped: share of pairs whose label is turned round, in [0, 1].
 
         Returns:
-            Rows with ``prompt``, ``chosen`` and ``rejected`` texts.
+            (count, 2) rows of ``rollout``, the preferred one first.
+
+        Raises:
+            UserError: ``flipped`` is no share.
+
+        Example:
+            DPO on them, with a policy that is the reference::
+
+                algorithm = DPO(policy=policy, beta=problem.beta)
+                algorithm.collate = problem.pair_batch
+                trainer.fit(algorithm, DataLoader(problem.preferences(100_000, seed=0), batch_size=1024))
         """
+        check_number("flipped", flipped, at_least=0, at_most=1)
         generator = torch.Generator().manual_seed(seed)
-        rows: list[dict[str, str]] = []
-        while len(rows) < count:
-            prompt = int(torch.randint(self.shape[0], (), generator=generator))
-            one, other = torch.multinomial(self.reference[prompt].exp(), 2, replacement=True, generator=generator)
-            if one == other:
-                continue
-            scores, texts = self.scores[prompt], self.texts[prompt * self.shape[1] :]
-            if torch.rand((), generator=generator) > torch.sigmoid(scores[one] - scores[other]):
-                one, other = other, one
-            rows.append({"prompt": self.rows[prompt]["prompt"], "chosen": texts[one], "rejected": texts[other]})
-        return rows
+        prompts = torch.randint(self.shape[0], (count,), generator=generator)
+        pairs = torch.zeros(count, 2, dtype=torch.long)
+        for prompt, probabilities in enumerate(self.reference.exp()):
+            while (again := (prompts == prompt) & (pairs[:, 0] == pairs[:, 1])).any():
+                drawn = torch.multinomial(probabilities, 2 * int(again.sum()), replacement=True, generator=generator)
+                pairs[again] = drawn.reshape(-1, 2)
+        one, other = self.scores[prompts.unsqueeze(1), pairs].unbind(-1)
+        wins = torch.sigmoid(one - other)
+        wins = (1 - flipped) * wins + flipped * (1 - wins)
+        lost = torch.rand(count, generator=generator) > wins
+        return torch.where(lost.unsqueeze(1), pairs.flip(1), pairs) + prompts.unsqueeze(1) * self.shape[1]
+
+    def pair_batch(self, pairs: Tensor) -> MicroBatch:
+        """(B, 2) rows of ``preferences`` as tokens: a batch for DPO and its siblings, in place of their ``collate``."""
+        rows, places = pairs.unique(return_inverse=True)
+        completions = self.completion_batch(rows)
+        return MicroBatch(
+            PairBatch(completions, *places.unbind(-1)), terms=len(pairs), sequences=2 * len(pairs),
+            tokens=completions.count,
+        )  # fmt: skip
+
+    def completion_batch(self, rows: Tensor) -> CompletionBatch:
+        """(B,) rows of ``rollout`` as the batch of an offline algorithm; a cut completion has no end of sequence."""
+        chosen = self.rollout[rows]
+        return CompletionBatch(
+            prompt_ids=chosen.prompt_ids, prompt_mask=chosen.prompt_mask, response_ids=chosen.response_ids,
+            response_mask=chosen.response_mask,
+        )  # fmt: skip
+
+    # ---- dynamic programming --------------------------------------------------------------------------------------
 
     def next_tokens(self) -> list[dict[tuple[int, ...], Tensor]]:
         """For every prompt: prefix (token ids; ``()`` at the start) -> log ref(. | prefix), (V,), float64."""

@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 from benchmarks import exact_optimum
+from benchmarks import preference_goals as goals
+from torch.utils.data import DataLoader
 
-from lit_rlhf.algorithms import DQN, ILQL
+from lit_rlhf.algorithms import DPO, DQN, ILQL
+from lit_rlhf.algorithms.pairs import sequence_logprobs
 from lit_rlhf.errors import UserError
 from lit_rlhf.exact import ExactProblem, enumerate_completions, letters_policy, table_reward
 
@@ -87,14 +90,98 @@ def test_best_of_n_twice_is_best_of_n_squared():
     torch.testing.assert_close(exact.best_of(3), twice)
 
 
-def test_preferences_follow_bradley_terry():
-    _, exact = problem(max_new_tokens=1, rows=ROWS[:1])
-    pairs = exact.preferences(6000, seed=0)
-    scores = dict(zip(exact.texts, exact.scores[0].tolist(), strict=True))
-    wins = sum(p["chosen"] == "a" for p in pairs if {p["chosen"], p["rejected"]} == {"a", "b"})
-    of = sum({p["chosen"], p["rejected"]} == {"a", "b"} for p in pairs)
-    assert wins / of == pytest.approx(1 / (1 + math.exp(scores["b"] - scores["a"])), abs=0.04)
-    assert all(p["chosen"] != p["rejected"] and p["prompt"] == "a" for p in pairs)
+@pytest.mark.parametrize("flipped", [0.0, 0.2])
+def test_preferences_follow_bradley_terry(flipped):
+    _, exact = problem(max_new_tokens=1)
+    pairs = exact.preferences(40_000, seed=0, flipped=flipped)
+    a, b = exact.texts[:3].index("a"), exact.texts[:3].index("b")
+    for prompt in range(2):
+        among = pairs[pairs.min(-1).values // 3 == prompt] - 3 * prompt
+        assert len(among) / len(pairs) == pytest.approx(0.5, abs=0.01)  # prompts are equally likely
+        of = among[(among.sort(-1).values == torch.tensor([a, b]).sort().values).all(-1)]
+        win = 1 / (1 + math.exp(exact.scores[prompt][b] - exact.scores[prompt][a]))
+        assert float((of[:, 0] == a).double().mean()) == pytest.approx(
+            (1 - flipped) * win + flipped * (1 - win), abs=0.02
+        )
+        share = exact.reference[prompt].exp()
+        assert len(of) / len(among) == pytest.approx(float(2 * share[a] * share[b] / (1 - share.square().sum())),
+                                                     abs=0.02)  # fmt: skip
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    assert (pairs // 3 == (pairs // 3)[:, :1]).all()  # both of one prompt
+
+
+def test_pair_batches_hold_the_completions_themselves_the_end_at_once_included():
+    policy, exact = problem()
+    rows = torch.cat([torch.stack([torch.arange(14), torch.arange(14).roll(1)], 1), torch.tensor([[3, 0], [0, 3]])])
+    batch = exact.pair_batch(rows)
+    pairs = batch.inputs
+    assert (len(pairs.completions), batch.terms, batch.sequences) == (14, 16, 32)  # each completion once
+    chosen, rejected = pairs.sides(sequence_logprobs(policy, pairs.completions).detach())
+    wanted = exact.reference.flatten().float()[rows]
+    torch.testing.assert_close(torch.stack([chosen, rejected], 1), wanted)
+
+
+def test_dpo_on_the_preferences_comes_to_the_optimum():
+    policy, exact = problem(rows=[{"prompt": "ab"}, {"prompt": "ba"}])
+    algorithm = DPO(policy=policy, beta=exact.beta, **exact_optimum.decaying(1e-2))
+    algorithm.collate = exact.pair_batch
+    exact_optimum.fit(algorithm, DataLoader(exact.preferences(50_000, seed=0), batch_size=1000), max_epochs=1)
+    assert exact.measure(policy).regret < 0.05
+
+
+# ---- the goals of the algorithms of preferences ----------------------------------------------------------------------
+
+
+def test_without_noise_the_minimiser_of_dpos_loss_is_the_optimum_and_so_is_robust_dpos_with_noise():
+    _, exact = problem()
+    for loss, settings in [(goals.cdpo_loss, {"smoothing": 0.0}), (goals.robust_dpo_loss, {"smoothing": 0.1})]:
+        found = goals.minimum_of(loss, beta=exact.beta, **settings)(exact)
+        torch.testing.assert_close(found, exact.optimum, atol=1e-4, rtol=0)
+    assert exact.measure(goals.minimum_of(goals.cdpo_loss, beta=exact.beta, smoothing=0.1)(exact)).regret > 0.02
+
+
+def test_the_minimiser_of_ipos_loss_is_its_closed_form():
+    # arXiv:2310.12036, eq. 7 with the identity: log of the policy to the reference is p(y preferred to mu) / tau.
+    _, exact = problem(letters="abc")
+    wins = torch.sigmoid(exact.scores.unsqueeze(2) - exact.scores.unsqueeze(1))
+    preferred = (wins * exact.reference.exp().unsqueeze(1)).sum(-1)
+    found = goals.minimum_of(goals.ipo_loss, beta=0.1, by_length=False)(exact)
+    torch.testing.assert_close(found, (exact.reference + preferred / 0.1).log_softmax(-1), atol=1e-4, rtol=0)
+
+
+def test_by_length_ipo_sets_the_same_ratios_per_token():
+    _, exact = problem(letters="abc")
+    wins = torch.sigmoid(exact.scores.unsqueeze(2) - exact.scores.unsqueeze(1))
+    preferred = (wins * exact.reference.exp().unsqueeze(1)).sum(-1) / 0.5
+    ratios = (goals.minimum_of(goals.ipo_loss, beta=0.5)(exact) - exact.reference) / goals.lengths(exact)
+    torch.testing.assert_close(ratios - ratios[:, :1], preferred - preferred[:, :1], atol=1e-4, rtol=0)
+
+
+def test_no_policy_near_orpos_minimum_has_a_smaller_loss():
+    _, exact = problem()
+    loss = functools.partial(goals.orpo_loss, weight=1.0)
+    best = goals.minimiser(exact, loss)
+    torch.manual_seed(0)
+    for spread in [0.01, 0.1, 1.0]:
+        for _ in range(50):
+            other = (best + spread * torch.randn(exact.shape).double()).log_softmax(-1)
+            assert loss(exact, other) > loss(exact, best)
+
+
+def test_ktos_target_has_the_smallest_loss_and_its_reference_point_is_0():
+    _, exact = problem(letters="abc")
+    target = goals.kto_target(exact, exact.beta)
+    torch.testing.assert_close(target.exp().sum(-1), torch.ones(2).double())
+    assert torch.equal(target > -torch.inf, exact.scores > 0)
+    loss = functools.partial(goals.kto_loss, beta=exact.beta)
+    best = float(loss(exact, target))
+    by_descent = float(loss(exact, goals.minimiser(exact, loss)))
+    assert best <= by_descent + 1e-12
+    assert by_descent == pytest.approx(best, abs=1e-4)
+    assert best < float(loss(exact, exact.reference)) - 0.01
+    # Any completion of another prompt is one of this prompt's: the mean log-ratio of the mismatched is -inf.
+    everywhere = exact.reference.exp().mean(0)
+    assert (everywhere * (target - exact.reference)).sum(-1).eq(-torch.inf).all()
 
 
 def test_soft_values_by_dynamic_programming_are_the_optimum():
@@ -222,11 +309,21 @@ def test_learned_values_are_those_of_dynamic_programming_entry_by_entry(algorith
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"beta": 0.0}, "beta must be above 0"), ({"max_new_tokens": 13}, "too many completions")]
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, "beta must be above 0"),
+        ({"max_new_tokens": 13}, "too many completions"),
+        ({"rows": []}, "rows is empty"),
+    ],
 )
 def test_a_problem_that_cannot_be_solved_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         problem(**changes)
+
+
+def test_a_share_of_flipped_labels_that_is_none_is_refused():
+    with pytest.raises(UserError, match=r"flipped must be .* at least 0 and at most 1, got 1\.5"):
+        problem()[1].preferences(1, seed=0, flipped=1.5)
 
 
 def test_the_table_names_what_is_over_the_bound_and_the_largest_errors():

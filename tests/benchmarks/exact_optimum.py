@@ -7,8 +7,8 @@
 A seed makes the reference, the reward table and the run. An algorithm is added as one function and its line in
 ``SOLVERS``: it gets a ``World`` and a seed, trains ``world.policy`` by its own public interface (a Lightning fit, on
 prompts or on completions of the reference), and says what it found. ``target`` says what it is measured by, unless that
-is the KL-regularised optimum: best-of-n's closed form, a Q by dynamic programming. A regret over ``BOUND`` is named
-and makes the exit status 1.
+is the KL-regularised optimum: best-of-n's closed form, a Q by dynamic programming, the minimiser of a loss over all
+pairs (``preference_goals.py``). A regret over ``BOUND`` is named and makes the exit status 1.
 """
 
 import argparse
@@ -37,6 +37,9 @@ from lit_rlhf.algorithms import (
     GRPO,
     GSPO,
     ILQL,
+    IPO,
+    KTO,
+    ORPO,
     PPO,
     RAFT,
     RLOO,
@@ -46,13 +49,13 @@ from lit_rlhf.algorithms import (
     OnlineDPO,
     Reinforce,
     ReinforcePP,
+    RobustDPO,
 )
+from lit_rlhf.algorithms.kto import LabelledBatch
 from lit_rlhf.algorithms.offline import MicroBatch, OfflineAlgorithm
 from lit_rlhf.algorithms.online import OnlineAlgorithm
-from lit_rlhf.algorithms.pairs import PairBatch
 from lit_rlhf.algorithms.rewarded import RewardedBatch
 from lit_rlhf.baseline import NoBaseline, ValueBaseline
-from lit_rlhf.batch import CompletionBatch
 from lit_rlhf.clip import AdaptiveKLPenalty, SymmetricClip
 from lit_rlhf.exact import ExactProblem, letters_policy, table_reward
 from lit_rlhf.kl import FixedKL, NoKL
@@ -61,6 +64,8 @@ from lit_rlhf.models.guided import GuidedModel, smallest
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rollout.sampler import Sampler
+
+from .preference_goals import cdpo_loss, ipo_loss, kto_target, minimum_of, orpo_loss
 
 # Each of several letters: a rotary network without a beginning of sequence cannot count equal ones, so that after the
 # prompt "a" the completions' prefixes "", "a" and "aa" would be one state, and p* out of its reach.
@@ -199,47 +204,55 @@ def of_the_right(problem: ExactProblem) -> Tensor:
 # ---- offline --------------------------------------------------------------------------------------------------------
 
 
-def rows_as_tokens(problem: ExactProblem, rows: Tensor) -> CompletionBatch:
-    """Completions by their number among all of the problem's: as tokens, for a text would get an end of sequence."""
-    chosen = problem.rollout[rows]
-    return CompletionBatch(
-        prompt_ids=chosen.prompt_ids, prompt_mask=chosen.prompt_mask, response_ids=chosen.response_ids,
-        response_mask=chosen.response_mask,
-    )  # fmt: skip
-
-
-def drawn_pairs(problem: ExactProblem, count: int, seed: int) -> Tensor:
-    """(count, 2) numbers of completions: two draws of the reference for a prompt, the preferred one first.
-
-    P(chosen) = sigmoid(r(chosen) - r(rejected)), Bradley-Terry, as in ``ExactProblem.preferences``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(problem.shape[0], (count,), generator=generator)
-    pairs = torch.multinomial(problem.reference.exp()[prompts], 2, generator=generator)
-    one, other = problem.scores[prompts].gather(1, pairs).unbind(-1)
-    lost = torch.rand(count, generator=generator) > torch.sigmoid(one - other)
-    return torch.where(lost.unsqueeze(1), pairs.flip(1), pairs) + prompts.unsqueeze(1) * problem.shape[1]
-
-
-def dpo(*, pairs: int, batch_size: int, epochs: int, lr: float) -> Solver:
-    """DPO on preferences drawn from the reward: at the problem's beta its optimum is p*."""
+def preference(
+    make: Callable[..., OfflineAlgorithm],
+    target: Callable[[ExactProblem], Tensor] | None = None,
+    *,
+    pairs: int,
+    batch_size: int,
+    epochs: int,
+    lr: float,
+    flipped: float = 0.0,
+) -> Solver:
+    """An algorithm of pairs, on preferences drawn from the reward; DPO's optimum is p* at the problem's beta."""
 
     def run(world: World, seed: int) -> Found:
-        drawn = drawn_pairs(world.problem, pairs, seed)
-        module = DPO(policy=world.policy, beta=BETA, seed=seed, **decaying(lr))
-
-        def collate(numbers: Tensor) -> MicroBatch:
-            rows, places = drawn[numbers].unique(return_inverse=True)
-            completions = rows_as_tokens(world.problem, rows)
-            return MicroBatch(
-                PairBatch(completions, *places.unbind(-1)), len(numbers), 2 * len(numbers), completions.count
-            )
-
-        module.collate = collate
+        drawn = world.problem.preferences(pairs, seed=seed, flipped=flipped)
+        module = make(policy=world.policy, seed=seed, **decaying(lr))
+        module.collate = lambda numbers: world.problem.pair_batch(drawn[numbers])
         fit(module, numbered(pairs, batch_size), max_epochs=epochs)
         return policy_found(world)
 
-    return Solver(run)
+    return Solver(run, target)
+
+
+def kto(*, completions: int, batch_size: int, epochs: int, lr: float) -> Solver:
+    """KTO on completions of the reference, desirable with probability sigmoid(r)."""
+
+    def run(world: World, seed: int) -> Found:
+        problem, generator = world.problem, torch.Generator().manual_seed(seed)
+        module = KTO(policy=world.policy, beta=BETA, seed=seed, **decaying(lr))
+        drawn = drawn_completions(problem, completions, generator)
+        desirable = torch.rand(completions, generator=generator) < torch.sigmoid(problem.scores.flatten()[drawn])
+
+        def collate(numbers: Tensor) -> MicroBatch:
+            rows, count = drawn[numbers], problem.shape[1]
+            mismatched = rows - rows % count + rows.roll(1) % count
+            tokens = problem.completion_batch(rows)
+            batch = LabelledBatch(tokens, desirable[numbers], problem.completion_batch(mismatched))
+            return MicroBatch(batch, len(rows), len(rows), tokens.count)
+
+        module.collate = collate
+        fit(module, numbered(completions, batch_size), max_epochs=epochs)
+        return policy_found(world)
+
+    return Solver(run, target=functools.partial(kto_target, beta=BETA))
+
+
+def drawn_completions(problem: ExactProblem, count: int, generator: torch.Generator) -> Tensor:
+    """(count,) rows of the problem's rollout, as the reference draws them for prompts that are equally likely."""
+    shares = problem.reference.exp().flatten() / problem.shape[0]
+    return torch.multinomial(shares, count, replacement=True, generator=generator)
 
 
 def numbered(count: int, batch_size: int) -> DataLoader:
@@ -339,12 +352,11 @@ def q_learning(
     def run(world: World, seed: int) -> Found:
         problem, generator = world.problem, torch.Generator().manual_seed(seed)
         module = make(policy=world.policy, seed=seed, **decaying(lr))
-        drawn = torch.multinomial((problem.reference.exp() / problem.shape[0]).flatten(), completions, replacement=True,
-                                  generator=generator)  # fmt: skip
+        drawn = drawn_completions(problem, completions, generator)
 
         def collate(numbers: Tensor) -> MicroBatch:
             rows = drawn[numbers]
-            batch = RewardedBatch(rows_as_tokens(problem, rows), problem.scores.flatten()[rows].float())
+            batch = RewardedBatch(problem.completion_batch(rows), problem.scores.flatten()[rows].float())
             tokens = batch.completions
             return MicroBatch(batch, int(tokens.response_mask.sum()), len(rows), tokens.count)
 
@@ -373,6 +385,9 @@ def q_found(problem: ExactProblem, module: ILQL | DQN, goal: QGoal) -> Found:
 # With a bound on the ratio, four steps an iteration; without one they have to be on-policy, one each.
 BOUNDED = {"iterations": 120, "lr": 2e-3, "rollout_batch_size": 1024, "minibatch_size": 256}
 ON_POLICY = {"iterations": 200, "lr": 3e-3, "rollout_batch_size": 1024, "minibatch_size": 1024}
+PAIRS = {"pairs": 1_600_000, "batch_size": 8192, "epochs": 4, "lr": 1e-2}
+FLIPPED = 0.1  # share of labels that robust DPO finds turned round, and that conservative DPO expects
+ODDS_WEIGHT = 1.0  # of ORPO: enough for its optimum to differ clearly from that of supervised fine-tuning
 SOLVERS: dict[str, Solver] = {
     "exact gradient": Solver(exact_gradient),
     "ppo": online(PPO, **BOUNDED, ppo_epochs=1),
@@ -401,7 +416,20 @@ SOLVERS: dict[str, Solver] = {
         ExpertIteration, of_the_right, rollout_batch_size=65536, threshold=RIGHT, minibatch_size=4096, epochs=24,
         lr=5e-3,
     ),
-    "dpo": dpo(pairs=1_600_000, batch_size=8192, epochs=4, lr=1e-2),
+    "dpo": preference(functools.partial(DPO, beta=BETA), **PAIRS),
+    "robust dpo": preference(
+        functools.partial(RobustDPO, beta=BETA, label_smoothing=FLIPPED), flipped=FLIPPED, **PAIRS
+    ),
+    "cdpo": preference(
+        functools.partial(DPO, beta=BETA, label_smoothing=FLIPPED),
+        minimum_of(cdpo_loss, beta=BETA, smoothing=FLIPPED),
+        **PAIRS,
+    ),
+    "ipo": preference(functools.partial(IPO, beta=BETA), minimum_of(ipo_loss, beta=BETA), **PAIRS),
+    "orpo": preference(
+        functools.partial(ORPO, beta=ODDS_WEIGHT), minimum_of(orpo_loss, weight=ODDS_WEIGHT), **PAIRS
+    ),
+    "kto": kto(completions=400_000, batch_size=1024, epochs=1, lr=5e-3),
     "ilql": q_learning(
         functools.partial(ILQL, expectile=EXPECTILE, gamma=1.0, cql_coef=CONSERVATIVE, beta=GUIDE, polyak=0.1),
         ILQL_GOAL,
