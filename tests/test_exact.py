@@ -141,7 +141,7 @@ def test_without_noise_the_minimiser_of_dpos_loss_is_the_optimum_and_so_is_robus
 
 
 def test_the_minimiser_of_ipos_loss_is_its_closed_form():
-    # arXiv:2310.12036, eq. 7 with the identity: log of the policy to the reference is p(y preferred to mu) / tau.
+    # arXiv:2310.12036, Psi the identity: the log-ratio to the reference is p(y preferred to the data's) / tau.
     _, exact = problem(letters="abc")
     wins = torch.sigmoid(exact.scores.unsqueeze(2) - exact.scores.unsqueeze(1))
     preferred = (wins * exact.reference.exp().unsqueeze(1)).sum(-1)

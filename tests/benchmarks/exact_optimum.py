@@ -65,7 +65,7 @@ from lit_rlhf.models.policy import Policy
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rollout.sampler import Sampler
 
-from .preference_goals import cdpo_loss, ipo_loss, kto_target, minimum_of, orpo_loss
+from .preference_goals import Loss, cdpo_loss, ipo_loss, kto_loss, kto_target, minimum_of, orpo_loss
 
 # Each of several letters: a rotary network without a beginning of sequence cannot count equal ones, so that after the
 # prompt "a" the completions' prefixes "", "a" and "aa" would be one state, and p* out of its reach.
@@ -106,15 +106,21 @@ class Solver:
         run: trains ``world.policy`` by a seed.
         target: log-probabilities (X, Y) of the best policy for a goal of the algorithm's own; None is p*. Its regret
             is KL(target || policy) as a share of KL(target || reference).
+        loss: smallest at the target; where it is given, its excess over that as a share of the reference's is the
+            regret instead.
     """
 
     run: Callable[[World, int], Found]
     target: Callable[[ExactProblem], Tensor] | None = None
+    loss: Loss | None = None
 
     def regret(self, problem: ExactProblem, logprobs: Tensor) -> float:
         if self.target is None:
             return problem.measure(logprobs).regret
         target = self.target(problem)
+        if self.loss is not None:
+            least, first, found = (self.loss(problem, x) for x in (target, problem.reference, logprobs))
+            return float((found - least) / (first - least))
         left, at_first = (
             torch.where(target > -torch.inf, target.exp() * (target - x), 0).sum()
             for x in (logprobs, problem.reference)
@@ -227,13 +233,17 @@ def preference(
 
 
 def kto(*, completions: int, batch_size: int, epochs: int, lr: float) -> Solver:
-    """KTO on completions of the reference, desirable with probability sigmoid(r)."""
+    """KTO on completions of the reference, desirable with probability sigmoid(r / beta), by its loss.
+
+    A KL would not do: the loss is bounded, so that what a completion of very low probability costs it is next to
+    nothing and has no gradient, while it is many nats. Even on the exact loss Adam leaves some good ones there.
+    """
 
     def run(world: World, seed: int) -> Found:
         problem, generator = world.problem, torch.Generator().manual_seed(seed)
         module = KTO(policy=world.policy, beta=BETA, seed=seed, **decaying(lr))
         drawn = drawn_completions(problem, completions, generator)
-        desirable = torch.rand(completions, generator=generator) < torch.sigmoid(problem.scores.flatten()[drawn])
+        desirable = torch.rand(completions, generator=generator) < torch.sigmoid(problem.scores.flatten()[drawn] / BETA)
 
         def collate(numbers: Tensor) -> MicroBatch:
             rows, count = drawn[numbers], problem.shape[1]
@@ -246,7 +256,7 @@ def kto(*, completions: int, batch_size: int, epochs: int, lr: float) -> Solver:
         fit(module, numbered(completions, batch_size), max_epochs=epochs)
         return policy_found(world)
 
-    return Solver(run, target=functools.partial(kto_target, beta=BETA))
+    return Solver(run, functools.partial(kto_target, beta=BETA), functools.partial(kto_loss, beta=BETA))
 
 
 def drawn_completions(problem: ExactProblem, count: int, generator: torch.Generator) -> Tensor:
@@ -429,7 +439,7 @@ SOLVERS: dict[str, Solver] = {
     "orpo": preference(
         functools.partial(ORPO, beta=ODDS_WEIGHT), minimum_of(orpo_loss, weight=ODDS_WEIGHT), **PAIRS
     ),
-    "kto": kto(completions=400_000, batch_size=1024, epochs=1, lr=5e-3),
+    "kto": kto(completions=1_100_000, batch_size=2048, epochs=1, lr=4e-3),
     "ilql": q_learning(
         functools.partial(ILQL, expectile=EXPECTILE, gamma=1.0, cql_coef=CONSERVATIVE, beta=GUIDE, polyak=0.1),
         ILQL_GOAL,

@@ -92,21 +92,25 @@ def orpo_loss(problem: ExactProblem, logprobs: Tensor, *, weight: float) -> Tens
 # ---- labels ---------------------------------------------------------------------------------------------------------
 
 
-def kto_loss(problem: ExactProblem, logprobs: Tensor, *, beta: float, point: float = 0.0) -> Tensor:
-    """KTO (arXiv:2402.01306, eq. 7), both weights 1, where sigmoid(r) of a completion's labels are "desirable"."""
-    good, value = torch.sigmoid(problem.scores), torch.sigmoid(beta * (logprobs - problem.reference - point))
+def kto_loss(problem: ExactProblem, logprobs: Tensor, *, beta: float) -> Tensor:
+    """KTO (arXiv:2402.01306, eq. 7) with the reference point 0 and both weights 1.
+
+    The share of a completion's labels that are "desirable" is sigmoid(r / beta).
+    """
+    good, value = torch.sigmoid(problem.scores / beta), torch.sigmoid(beta * (logprobs - problem.reference))
     return (problem.reference.exp() * (good * (1 - value) + (1 - good) * value)).sum(-1).mean()
 
 
 def kto_target(problem: ExactProblem, beta: float) -> Tensor:
     """(X, Y) log-probabilities of the policy whose KTO loss is smallest, for beta <= 1, with the reference point 0.
 
-    The loss is a constant less the reference's mean of g sigmoid(beta l), g = 2 sigmoid(r) - 1 and l the log-ratio.
-    Completions with r < 0 get probability 0. In those with r > 0 it is concave for beta <= 1, and as steep in all of
-    their probabilities: g slope(l) is one number, found by bisection so that they sum to 1. The reference point is
-    0 there: the mean log-ratio, of which it is the positive part, is that of some completions with probability 0.
+    The loss is a constant less the reference's mean of g sigmoid(beta l), with g = 2 sigmoid(r / beta) - 1 and the
+    log-ratio l. Completions with r < 0 get probability 0. In those with r > 0 it is concave for beta <= 1, and equally
+    steep in all of their probabilities: g slope(l) is one number, found by bisection so that they sum to 1. The
+    reference point is 0 there: the mean log-ratio, of which it is the positive part, is that of some completions with
+    probability 0.
     """
-    good = 2 * torch.sigmoid(problem.scores) - 1
+    good = 2 * torch.sigmoid(problem.scores / beta) - 1
 
     def ratios(slope: Tensor) -> Tensor:  # (X, 1) -> (X, Y), of falling slopes
         low, high = (torch.full(problem.shape, x, dtype=torch.float64) for x in (-60.0, 60.0))
