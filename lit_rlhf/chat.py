@@ -28,7 +28,7 @@ class ChatModel:
         max_new_tokens: of an answer. One that the limit cuts ends with its last whole sentence, if it has one.
         temperature: of sampling; 0 takes the likeliest token each time.
         batch_size: chats answered together.
-        attention: transformers' implementation; ``eager`` is quicker for short texts on a CPU.
+        attention: one of transformers' implementations; None as in ``Policy.from_pretrained``.
 
     Raises:
         UserError: a value out of its range; at the first use, nothing can be loaded from ``path``.

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -87,6 +88,9 @@ def estimate(config: DictConfig) -> Estimate:
             response=response,
         )
         clips = bool(run.trainer.get("gradient_clip_val"))
+        if algorithm.reference is not None:
+            casts = layout.precision == "bf16-mixed" and layout.strategy != "FSDP2"
+            algorithm.reference.place(torch.device("cpu"), torch.bfloat16 if casts else None)
         if algorithm.online:
             stages = list(online_stages(algorithm, layout, clips))
         else:
@@ -190,10 +194,11 @@ def _held(algorithm: Algorithm, layout: Layout, stages: list[Stage]) -> dict[str
         held["decode copy"] = size_of(policy._decoder)
     if algorithm.online:
         held["reward"] = sum(size_of(reward.scorer) for reward in _leaves(algorithm) if hasattr(reward, "scorer"))
-    held["gradients"] = sum(size_of(p) for p in algorithm.optimized_parameters()) / part
+    gradients = sum(size_of(p) for p in algorithm.optimized_parameters()) / part
+    held["gradients"] = 0 if layout.frees_gradients else gradients
     held["optimiser"] = sum(stage.memory.pop("optimiser", 0.0) for stage in stages)
     if layout.strategy == "DDP":
-        held["DDP's buckets"] = held["gradients"]
+        held["DDP's buckets"] = gradients
     if layout.strategy == "FSDP2":
         held["layers put together"] = max(map(_together, algorithm.children()))
     return dict(held)

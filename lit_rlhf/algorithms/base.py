@@ -177,9 +177,15 @@ class Algorithm(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
+        self._gradient_norm = float(norm)
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # else overflow is part of the method
             self.require_finite("gradient", norm)
         self.means.add({"optim/grad_norm": norm}, 1.0)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Lightning frees gradients after the next forward pass, whose activations would lie beside them.
+        self.trainer.optimizers[0].zero_grad()
 
     def require_finite(self, what: str, value: Tensor) -> None:
         """Raises UserError, before anything is learned from it, if a loss or gradient is NaN or infinite."""
@@ -191,15 +197,19 @@ class Algorithm(L.LightningModule):
 
     def configure_gradient_clipping(
         self,
-        optimizer: Optimizer,  # noqa: ARG002  (Lightning's signature)
+        optimizer: Optimizer,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips as Lightning does, but lets fused optimisers through: it refuses them in every mixed precision."""
         if not gradient_clip_val:
             return
-        clip = torch.nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else torch.nn.utils.clip_grad_norm_
-        clip([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif self._gradient_norm > gradient_clip_val:  # measured right before, which need not be done twice
+            for parameter in parameters:
+                parameter.grad.mul_(gradient_clip_val / (self._gradient_norm + 1e-6))
 
     def log_row(self, metrics: dict[str, float]) -> None:
         """Sends one row to every logger, to ``trainer.callback_metrics`` and to callbacks with the hook ``on_row``.
@@ -226,6 +236,10 @@ class Algorithm(L.LightningModule):
         write_to_files(self.trainer.strategy)
         if self.leaves_weights_out and isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # else it waits for their gradients
+        if self.reference is not None:
+            # Shards have one precision each.
+            casts = self.trainer.precision == "bf16-mixed" and not isinstance(self.trainer.strategy, FSDP2Strategy)
+            self.reference.place(self.trainer.strategy.root_device, torch.bfloat16 if casts else None)
 
     def configure_model(self) -> None:
         """Shards the models that train where the strategy is FSDP2."""

@@ -269,8 +269,6 @@ class OfflineAlgorithm(Algorithm):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self.reference is not None:
-            self.reference = self.reference.to(self.trainer.strategy.root_device)
         if stage == "fit":
             self.take_over_loader()
             self.loader = None

@@ -265,21 +265,22 @@ class OnlineAlgorithm(Algorithm):
                 progress=lambda done, whole: self.call_hook("on_phase", "rollout", done, whole),
             )
         model.train(training)
+        self.policy.free_decoder()
         return rollout.to("cpu")
 
     def anchor(self, rollout: Rollout) -> Anchors:
         """Stage 3: log-probabilities by the training forward pass, in its precision, so that the first ratio is 1."""
         parts: list[tuple[Tensor, ...]] = []
         starts = range(0, len(rollout), self.minibatch_size)
-        for number, start in enumerate(starts):
-            self.call_hook("on_phase", "anchor", number, len(starts))
-            part = rollout[start : start + self.minibatch_size].to(self.device)
-            tokens = (part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
-            with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast():  # around all parts: the weights are cast once
+            for number, start in enumerate(starts):
+                self.call_hook("on_phase", "anchor", number, len(starts))
+                part = rollout[start : start + self.minibatch_size].to(self.device)
+                tokens = (part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
                 output, reference = self.both(*tokens)
                 values = [self.critic(output, *tokens)] if self.critic is not None else []
                 kl = self.kl_of(output, reference.logprobs, reference.logits, part.response_mask)
-            parts.append((output.logprobs, reference.logprobs, kl, *values))
+                parts.append((output.logprobs, reference.logprobs, kl, *values))
         logprobs, ref_logprobs, kl, *values = (torch.cat(column).float().cpu() for column in zip(*parts, strict=True))
         return Anchors(logprobs, ref_logprobs, kl, values[0] if values else None)
 
@@ -335,7 +336,7 @@ class OnlineAlgorithm(Algorithm):
 
     def forward_settings(self) -> dict[str, Any]:
         """Keyword arguments of the policy's forward pass in a training step."""
-        settings: dict[str, Any] = {"keep_logits": self.kl.in_loss and self.kl.estimator == "full"}
+        settings: dict[str, Any] = {"entropy": True, "keep_logits": self.kl.in_loss and self.kl.estimator == "full"}
         if self.entropy is not None:
             settings["entropy_grad"] = self.entropy.at(self.progress) != 0
             settings["entropy_top_k"] = self.entropy.top_k
@@ -519,7 +520,6 @@ class OnlineAlgorithm(Algorithm):
                         f"{name} changes over the whole run, and trainer.max_time alone does not say how long that is; "
                         "set trainer.max_epochs or trainer.max_steps as well"
                     )
-        self.reference = self.reference.to(self.trainer.strategy.root_device)
         for judge in (self.reward, self.gold):
             freeze(judge, self.trainer.strategy.root_device)
         if stage == "fit":

@@ -29,6 +29,7 @@ from lit_rlhf.algorithms.trpo import _Part
 from lit_rlhf.batch import CompletionBatch, Experience
 from lit_rlhf.errors import UserError
 from lit_rlhf.estimation.shapes import Trace, size_of
+from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import FrozenCopy
 from lit_rlhf.rewards.group import RewardGroup
 from lit_rlhf.rewards.model import ModelReward
@@ -54,6 +55,11 @@ class Layout:
 
     def autocast(self) -> Any:
         return contextlib.nullcontext() if self.half is None else torch.autocast("cpu", self.half)
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether no gradients lie beside the activations of a forward pass."""
+        return self.micro_batches == 1
 
     def share(self, count: int) -> int:
         """Rows of a process."""
@@ -131,7 +137,9 @@ def _rollout(algorithm: OnlineAlgorithm, layout: Layout, rows: int) -> Iterator[
     policy.decoder(dtype)  # the first call makes the copy
     with Trace() as copy:
         model = policy.decoder(dtype)
-    yield _stage("1 rollout: copy", copy, sent=layout.gathered(policy))
+    freed = 0 if policy._decoder is None or layout.strategy == "FSDP2" else _freed(policy)
+    policy.decoder(dtype)
+    yield _stage("1 rollout: copy", copy, sent=layout.gathered(policy), **{"decode copy": freed})
     model.eval()
     whole = layout.prompt + layout.response
 
@@ -155,7 +163,17 @@ def _rollout(algorithm: OnlineAlgorithm, layout: Layout, rows: int) -> Iterator[
             decode(ids if name == "prefill" else ids[:, -1:], cache, length)
         cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         kept = cached / length * whole
-        yield _stage(f"1 rollout: {name}", trace, chunks * count, less=cached, **{"KV cache": kept})
+        more = {"KV cache": kept, "decode copy": freed}
+        yield _stage(f"1 rollout: {name}", trace, chunks * count, less=cached, **more)
+    if freed:
+        policy.free_decoder()
+
+
+def _freed(policy: Policy) -> int:
+    """Bytes of the decode copy that are given up until the next rollout."""
+    made = size_of(policy._decoder)
+    policy.free_decoder()
+    return made - size_of(policy._decoder)
 
 
 def leaves(reward: Any) -> list[Any]:
@@ -211,7 +229,7 @@ def _online_loss(algorithm: OnlineAlgorithm, batch: Experience) -> Tensor:
     tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.response_mask)
     bonus = algorithm.entropy is not None and algorithm.entropy.at(0.0) != 0
     full = algorithm.kl.in_loss and algorithm.kl.estimator == "full"
-    settings = {"temperature": algorithm.temperature, "entropy_grad": bonus, "keep_logits": full}
+    settings = {"temperature": algorithm.temperature, "entropy": True, "entropy_grad": bonus, "keep_logits": full}
     with torch.set_grad_enabled(not isinstance(algorithm, TRPO)):  # it trains the critic alone by this loss
         output = algorithm.policy(*tokens, **settings)
     loss = output.logprobs.sum() + (output.entropy.sum() if bonus else 0)
@@ -295,10 +313,10 @@ def _backward(algorithm: Algorithm, layout: Layout, loss: Any, steps: int) -> St
     with Trace(_vocabulary(algorithm)) as trace:
         with layout.autocast():
             value = loss()
-        # The gradients of the step before are still there; they go before the first new one comes.
+        # Gradients take the place of activations as they come.
         memory = {"activations": trace.activations, "logits": trace.logits}
         value.backward()
-    after = trace.activations + trace.logits - trained
+    after = trace.activations + trace.logits - (0 if layout.frees_gradients else trained)
     if after > sum(memory.values()):
         memory = {"activations": after - trace.logits, "logits": trace.logits}
     networks = list(algorithm.children())
@@ -334,6 +352,8 @@ def _optimizer(algorithm: Algorithm, layout: Layout, steps: int, clips: bool) ->
     stage = _stage("8 step", trace, steps / part, sent * part)
     stage.memory = {name: size / part for name, size in stage.memory.items()}
     stage.memory["optimiser"] = state / part
+    if layout.frees_gradients:
+        stage.memory["gradients"] = sum(map(size_of, parameters)) / part
     return stage
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from lit_rlhf.distributed import rank, whole
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.policy import Policy, PolicyOutput
 from lit_rlhf.models.sources import not_loaded, resolve_model
 from lit_rlhf.rollout.sampler import position_ids
@@ -84,6 +85,7 @@ class SeparateCritic(nn.Module):
             self.head = _Head(model.config.get_text_config().hidden_size)
             with torch.no_grad():
                 self.head.weight.copy_(model.score.weight)
+        use_fitting_attention(self.backbone)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from lit_rlhf.checks import check_int
 from lit_rlhf.distributed import rank, shard, whole
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import entropy_from_logits, selective_logprobs
+from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.guided import GUIDANCE_FILE, GuidedModel, load_guidance
 from lit_rlhf.models.sources import not_loaded, resolve_model
 from lit_rlhf.rollout.sampler import position_ids
@@ -31,14 +33,14 @@ class PolicyOutput(NamedTuple):
 
     Attributes:
         logprobs: (B, T) log-probability of each response token at the given temperature, fp32, nats.
-        entropy: (B, T) entropy of the distribution that each token was drawn from, fp32, nats.
+        entropy: (B, T) entropy of the distribution that each token was drawn from, fp32, nats, where it was asked for.
         hidden: (B, T + 1, d) last hidden states. Entry t is the state in which token t is chosen; the last one is the
             state after the last token.
         logits: (B, T, vocabulary) that the log-probabilities come from, where they were asked for.
     """
 
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     hidden: Tensor
     logits: Tensor | None
 
@@ -100,7 +102,7 @@ class Policy(nn.Module):
         A folder with a peft adapter is loaded and merged into its base model, so that a new adapter starts on top and
         the reference is the model that the run starts from. A folder with Q heads (of ILQL or deep Q-learning) gives a
         policy whose logits they guide, see ``models/guided.py``. ``attention`` names one of transformers'
-        implementations; on a CPU ``eager`` trains short texts quicker than the default.
+        implementations; None takes its choice, and where that is ``sdpa`` what fits, see ``models/attention.py``.
 
         Raises:
             UserError: nothing can be loaded from ``path``.
@@ -115,6 +117,8 @@ class Policy(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise not_loaded("policy.path", path, "causal language model", error) from error
+        if attention is None:
+            use_fitting_attention(model)
         model = load_guidance(folder, model)
         if isinstance(model, GuidedModel) and (lora is not None or gradient_checkpointing):
             raise UserError(
@@ -157,6 +161,7 @@ class Policy(nn.Module):
         if unread := sorted(set(config) - set(known)):
             raise UserError(f"a model of policy.model_type={model_type} does not read {', '.join(unread)}")
         model = AutoModelForCausalLM.from_config(model_config)
+        use_fitting_attention(model)
         return cls(model=model, tokenizer=made, lora=lora, gradient_checkpointing=gradient_checkpointing)
 
     @property
@@ -193,6 +198,7 @@ class Policy(nn.Module):
         response_mask: Tensor,
         *,
         temperature: float = 1.0,
+        entropy: bool = False,
         entropy_grad: bool = False,
         entropy_top_k: int | None = None,
         keep_logits: bool = False,
@@ -215,15 +221,18 @@ class Policy(nn.Module):
         )
         # At temperature 1 the logits stay as they are: the functions below work in fp32 without a whole fp32 copy.
         logits = output.logits if temperature == 1 else output.logits.float() / temperature
-        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            entropy = entropy_from_logits(logits, entropy_top_k)
+        entropies = None
+        if entropy:
+            with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+                entropies = entropy_from_logits(logits, entropy_top_k)
         logprobs = selective_logprobs(logits, response_ids)
-        return PolicyOutput(logprobs, entropy, output.hidden_states[-1][:, start:], logits if keep_logits else None)
+        return PolicyOutput(logprobs, entropies, output.hidden_states[-1][:, start:], logits if keep_logits else None)
 
     def decoder(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The model to decode with: weights as they are now, LoRA merged, in ``dtype``. Called once per rollout phase.
 
-        A copy is kept where it pays (LoRA, or another dtype); only what trains is written into it again.
+        It is a copy where that pays (LoRA, or another dtype), of which only what trains is made again. Between rollout
+        phases ``free_decoder`` gives up the memory of that part.
         """
         if dtype == torch.float32 and not isinstance(self.model, PeftModel) and not self.sharded:
             return self.model
@@ -245,14 +254,28 @@ class Policy(nn.Module):
 
     def _refresh(self, clone: PreTrainedModel) -> None:
         targets = dict(clone.named_parameters())
+        for name, weight in self._trained_weights():
+            target = targets[name]
+            if target.numel() == 0:  # freed
+                target.data = torch.empty_like(weight, dtype=target.dtype)
+            target.copy_(weight)
+
+    def _trained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Those weights of the model that training changes, adapters merged, each whole."""
         if not isinstance(self.model, PeftModel):
-            for name, parameter in self.model.named_parameters():
-                targets[name].copy_(whole(parameter))
+            yield from ((name, whole(parameter)) for name, parameter in self.model.named_parameters())
             return
         for name, module in self.base.named_modules():
             if isinstance(module, LoraLayer):
                 delta = sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
-                targets[f"{name}.weight"].copy_(whole(module.get_base_layer().weight) + whole(delta))
+                yield f"{name}.weight", whole(module.get_base_layer().weight) + whole(delta)
+
+    def free_decoder(self) -> None:
+        """Gives up the memory of what ``decoder`` makes again: the whole copy, but for adapters and sharded weights."""
+        if self._decoder is None or self.sharded or isinstance(self.model, PeftModel):
+            return
+        for parameter in self._decoder.parameters():
+            parameter.data = parameter.data.new_empty(0)
 
     @torch.no_grad()
     def merged(self) -> PreTrainedModel:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_rlhf.distributed import shard
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.guided import GuidedModel
 from lit_rlhf.models.policy import Policy, PolicyOutput
 
 
@@ -28,8 +29,8 @@ class AdapterOff:
         """A hash of the reference's weights: the same at the start, at the end and after a resume."""
         return _hash({k: v for k, v in self._policy.model.state_dict().items() if "lora_" not in k})
 
-    def to(self, _device: torch.device) -> "AdapterOff":
-        return self
+    def place(self, _device: torch.device, _cast: torch.dtype | None) -> None:
+        """Nothing to do: the weights are the policy's."""
 
     def shard(self, _mesh: Any) -> None:
         """Nothing to do: the weights are the policy's."""
@@ -42,6 +43,7 @@ class FrozenCopy:
         self._policy = copy.deepcopy(policy).eval()
         for parameter in self._policy.parameters():
             parameter.requires_grad_(False)
+        self._cast: torch.dtype | None = None
 
     def __call__(self, *tokens: Tensor, **settings: Any) -> PolicyOutput:
         return self._policy(*tokens, **settings)
@@ -49,9 +51,30 @@ class FrozenCopy:
     def fingerprint(self) -> str:
         return _hash(self._policy.model.state_dict())
 
-    def to(self, device: torch.device) -> "FrozenCopy":
+    def place(self, device: torch.device, cast: torch.dtype | None) -> None:
+        """Moves the weights to ``device`` and keeps linear layers in ``cast``, to which autocast casts them anyway.
+
+        That halves their memory and changes no number. Embeddings and norms, and what is tied to them, stay in fp32, as
+        does what the model's class wants so.
+
+        Raises:
+            UserError: they were cast before, and now the run has another precision.
+        """
+        if self._cast not in (None, cast):
+            raise UserError(
+                f"the reference was cast to {self._cast} for an earlier run; another precision needs a new algorithm"
+            )
+        self._cast = cast
         self._policy.to(device)
-        return self
+        if cast is None or isinstance(self._policy.model, GuidedModel):
+            return
+        modules = dict(self._policy.base.named_modules())
+        whole = getattr(self._policy.base, "_keep_in_fp32_modules", None) or ()
+        linear = {n: m for n, m in modules.items() if type(m) is nn.Linear and not any(part in n for part in whole)}
+        others = {id(p) for n, m in modules.items() if n not in linear for p in m.parameters(recurse=False)}
+        for parameter in (p for module in linear.values() for p in module.parameters(recurse=False)):
+            if id(parameter) not in others:
+                parameter.data = parameter.data.to(cast)
 
     def shard(self, mesh: Any) -> None:
         shard(self._policy.base, mesh)

@@ -15,6 +15,7 @@ from transformers import (
 
 from lit_rlhf.distributed import rank, whole
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.sources import not_loaded, resolve_model
 
 _NO_LIMIT = 10**6  # tokenizers without a length limit say 1e30
@@ -77,6 +78,7 @@ class Scorer(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise not_loaded("path", path, "sequence classifier", error) from error
+        use_fitting_attention(model)
         if labels is None and report["missing_keys"]:
             raise UserError(
                 f"{path} is not a trained sequence classifier: it has no weights for {sorted(report['missing_keys'])}. "

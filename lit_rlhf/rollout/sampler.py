@@ -128,16 +128,23 @@ class Sampler:
         # As a tensor: a number makes transformers take a slice, and a product of a strided slice with the head copies
         # the head for every row (1.8 GB at 32 rows of SmolLM2).
         last = torch.tensor([ids.shape[1] - 1], device=device)
+        first, prompt_of = _runs(ids, mask)
         for step in range(steps):
-            logits = model(
-                input_ids=step_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=last,
-            ).logits[:, -1]
-            token, logprob = self._pick(logits, uniforms[rows, step])
+            # A prompt that follows itself, as in a group, is computed once.
+            once = slice(None) if step or len(first) == batch else first
+            with torch.inference_mode():  # what is written to below is made outside: training may use it
+                logits = model(
+                    input_ids=step_ids[once],
+                    attention_mask=mask[once],
+                    position_ids=positions[once],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=last,
+                ).logits[:, -1]
+                if once is first:
+                    logits = logits[prompt_of]
+                    cache.batch_select_indices(prompt_of)
+                token, logprob = self._pick(logits, uniforms[rows, step])
             going = ~finished[rows]
             tokens[rows, step] = torch.where(going, token, pad_id)
             logprobs[rows, step] = torch.where(going, logprob, 0.0)
@@ -191,6 +198,13 @@ class Sampler:
             beyond = probabilities.cumsum(-1) - probabilities >= self.top_p  # the first token always stays
             logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
         return logits
+
+
+def _runs(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of each run of equal prompts (R,), and for every prompt the number of its run (B,)."""
+    starts = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    starts[1:] = ((ids[1:] != ids[:-1]) | (mask[1:] != mask[:-1])).any(-1)
+    return starts.nonzero().squeeze(-1), starts.long().cumsum(0) - 1
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def weighted_gradient(module, problem, groups, loss):
     """Of minus the loss; one forward pass over the whole experience, then the loss of every group on its own."""
     experience, policy = module.loader.experience, module.policy
     tokens = (experience.prompt_ids, experience.prompt_mask, experience.response_ids, experience.response_mask)
-    output = policy(*tokens, keep_logits=True)
+    output = policy(*tokens, entropy=True, keep_logits=True)
     values = module.critic(output, *tokens)[:, :-1] if module.critic is not None else None
     with torch.no_grad():
         logprobs = problem.logprobs(policy).flatten()

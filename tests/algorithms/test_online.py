@@ -396,6 +396,25 @@ def test_every_logged_name_is_in_the_metrics_table(trainer):
             assert isinstance(value, (int, float))
 
 
+@pytest.mark.parametrize(("micro_batches", "expected"), [(1, {False}), (2, {False, True})])
+def test_gradients_of_a_step_are_gone_before_the_next_forward_pass(trainer, micro_batches, expected):
+    ppo, seen = make(), set()
+    ppo.policy.register_forward_pre_hook(
+        lambda *_: seen.add(any(p.grad is not None for p in ppo.parameters())) if torch.is_grad_enabled() else None
+    )
+    fit(trainer, ppo, max_epochs=2, accumulate_grad_batches=micro_batches)
+    assert seen == expected
+
+
+def test_gradients_within_the_bound_are_left_as_they_are(trainer):
+    weights = []
+    for bound in (None, 1e3):
+        ppo = make()
+        fit(trainer, ppo, max_epochs=1, gradient_clip_val=bound)
+        weights.append([p.detach().clone() for p in ppo.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+
+
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_gradients_are_clipped_before_a_fused_optimiser_steps_in_mixed_precision(trainer, algorithm):
     seen = []

@@ -93,7 +93,9 @@ def test_temperature_enters_logprobs_and_entropy_but_not_values():
     critic = ValueHead(policy)
     torch.nn.init.normal_(critic.head.weight)
     rollout = rollout_of(policy, temperature=0.7)
-    cool, warm = policy(*tokens_of(rollout), temperature=0.7), policy(*tokens_of(rollout), temperature=1.0)
+    cool, warm = (
+        policy(*tokens_of(rollout), temperature=t, entropy=True) for t in (0.7, 1.0)
+    )
     mask = rollout.response_mask
     torch.testing.assert_close(cool.logprobs[mask], rollout.logprobs[mask], atol=1e-5, rtol=1e-5)
     row = 2
@@ -301,7 +303,7 @@ def test_policy_gradient_of_the_first_step_is_that_of_advantage_times_logprob(tr
     watch = fit(trainer, ppo, max_epochs=1)
     batch = watch.batches[0]
     policy.zero_grad()
-    loss, _ = ppo.loss(batch, policy(*tokens_of(batch)), batch.values)
+    loss, _ = ppo.loss(batch, policy(*tokens_of(batch), entropy=True), batch.values)
     loss.backward()
     ours = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
@@ -602,7 +604,7 @@ def test_metrics_do_not_count_padding(trainer):
     watch = fit(trainer, ppo, max_epochs=1)
     batch, row = watch.batches[0], watch.rows[0]
     tokens = [(i, t) for i in range(8) for t in range(batch.response_mask.shape[1]) if batch.response_mask[i, t]]
-    output = ppo.policy(*tokens_of(batch))
+    output = ppo.policy(*tokens_of(batch), entropy=True)
     count = len(tokens)
     assert row["tokens"] == count
     assert row["rollout/response_length"] == pytest.approx(count / 8)

@@ -2,7 +2,8 @@
 
 The products are those of the model's own linear layers with its own weights, one after the other as in a forward or
 backward pass, so that weights come from memory where they would. Attention, softmax, norms, the optimiser, sampling and
-everything else are left out, so no implementation that does these products reaches the floor.
+everything else are left out, so no implementation that does these products reaches the floor. What some of that takes
+by itself on this machine, most of it bound by memory, is measured ``besides``.
 """
 
 import time
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.functional import entropy_from_logits, selective_logprobs
+from lit_rlhf.models.attention import products
 from tests.benchmarks.settings import Settings
 
 REPETITIONS = 3
@@ -86,7 +89,58 @@ def measure_floor(algorithm: OnlineAlgorithm, settings: Settings) -> dict[str, A
         "gflop": sum(stage["gflop"] for stage in stages.values()),
         "dtype": str(low).removeprefix("torch."),
         "stages": stages,
+        "besides": besides(algorithm, settings, low, layers["policy"]),
     }
+
+
+def besides(
+    algorithm: OnlineAlgorithm, settings: Settings, low: torch.dtype, weights: list[tuple[Tensor, bool]]
+) -> dict[str, float]:
+    """Seconds of an iteration by what the update and the anchors do besides products, each measured alone."""
+    steps = settings.epochs * settings.completions // (settings.minibatch * settings.accumulate)
+    updates, anchors = (n * settings.completions // settings.minibatch for n in (settings.epochs, 1))
+    found = _of_a_step(algorithm, steps)
+    if low != torch.float32:
+        found["weights to bf16"] = (updates + 1) * _time(lambda: [w.to(low) for w, _ in weights])
+        gradients = [torch.zeros_like(w, dtype=low) for w, trains in weights if trains]
+        found["gradients to fp32"] = updates * _time(lambda: [gradient.float() for gradient in gradients])
+    config = algorithm.policy.base.config
+    logits = torch.randn(settings.minibatch * settings.response_length, config.vocab_size).to(low)
+    chosen = torch.zeros(len(logits), dtype=torch.long)
+    with torch.no_grad():
+        found["log-probabilities"] = (2 * anchors + updates) * _time(lambda: selective_logprobs(logits, chosen))
+        found["entropies"] = updates * _time(lambda: entropy_from_logits(logits))
+    loss = selective_logprobs(logits.requires_grad_(), chosen).sum()
+    found["log-probabilities, backward"] = updates * _time(lambda: torch.autograd.grad(loss, logits, retain_graph=True))
+    layers, both = config.num_hidden_layers, settings.prompt_length + settings.response_length
+    size = config.hidden_size // config.num_attention_heads
+    shapes = [(settings.minibatch, n, both, size) for n in (config.num_attention_heads, config.num_key_value_heads)]
+    query, key = (torch.randn(shape).to(low).requires_grad_() for shape in shapes)
+    mask = torch.ones(both, both, dtype=torch.bool).tril()
+    found["attention"] = 2 * anchors * layers * _time(lambda: products(query, key, key, mask))
+
+    def attend() -> None:
+        with torch.enable_grad():
+            products(query, key, key, mask).sum().backward()
+
+    found["attention, backward too"] = updates * layers * _time(attend)
+    return found
+
+
+def _of_a_step(algorithm: OnlineAlgorithm, steps: int) -> dict[str, float]:
+    """Of the optimiser's steps; afterwards there are no gradients, and the weights are almost what they were."""
+    (optimizer,) = algorithm.trainer.optimizers
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in parameters]
+    found = {
+        "optimiser": steps * _time(optimizer.step),
+        "norm of gradients": steps * _time(lambda: torch.nn.utils.get_total_norm(gradients)),
+        "clipping": steps * _time(lambda: [gradient.mul_(0.5) for gradient in gradients]),
+    }
+    optimizer.zero_grad()
+    return found
 
 
 def _adapters(model: nn.Module) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
 from tests.benchmarks.host import Contender, Side, contenders
 from tests.benchmarks.works import TRAINING, Plan
@@ -19,12 +20,12 @@ def profile(plan: Plan, names: list[str]) -> Iterator[str]:
     for name in names:
         settings = plan.sized(TRAINING[name])
         with contenders([Side(program=f"ours.{settings.work}", settings=settings)]) as (ours,):
-            yield f"## {name}\n\n{_stages(ours, plan.rounds)}\n\n{_operators(ours)}\n"
+            replies = [ours.ask("iterate")["stages"] for _ in range(1 + plan.rounds)][1:]
+            floor = ours.ask("floor")
+            yield f"## {name}\n\n{_stages(replies, floor)}\n\n{_besides(floor)}\n\n{_operators(ours)}\n"
 
 
-def _stages(ours: Contender, rounds: int) -> str:
-    replies = [ours.ask("iterate")["stages"] for _ in range(1 + rounds)][1:]
-    floor = ours.ask("floor")
+def _stages(replies: list[dict[str, float]], floor: dict[str, Any]) -> str:
     floors = {stage: found["seconds"] for stage, found in floor["stages"].items()} | {"iteration": floor["seconds"]}
     lines = ["| stage | seconds | floor | GFLOP |", "|---|---|---|---|"]
     for stage in STAGES:
@@ -32,6 +33,12 @@ def _stages(ours: Contender, rounds: int) -> str:
         gflop = floor["gflop"] if stage == "iteration" else floor["stages"].get(stage, {}).get("gflop", 0.0)
         lines.append(f"| {stage} | {middle:.3f} | {floors.get(stage, 0.0):.3f} | {gflop:.0f} |")
     return "\n".join(lines)
+
+
+def _besides(floor: dict[str, Any]) -> str:
+    lines = ["| update and anchors, besides products | seconds alone |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.3f} |" for name, seconds in floor["besides"].items()]
+    return "\n".join([*lines, f"| together | {sum(floor['besides'].values()):.3f} |"])
 
 
 def _operators(ours: Contender) -> str:

@@ -224,9 +224,7 @@ def test_another_member_keeps_what_it_has_too_and_drops_the_rest():
     assert node["entropy"] == composed("entropy=none")["entropy"]
     assert node["optimizer"] == {**composed("optimizer=sgd")["optimizer"], "lr": 2.5e-4}
     stage = ("experiment=human_ratings/ppo", "data.domain=tweets", "policy.path=sft", "reward.path=model")
-    assert settled("policy=smollm2", preset=stage)["policy"] == {**composed("policy=smollm2")["policy"], **{
-        "path": "sft", "attention": "eager"
-    }}  # fmt: skip
+    assert settled("policy=smollm2", preset=stage)["policy"] == {**composed("policy=smollm2")["policy"], "path": "sft"}
     assert settled("data=list", "data.prompts=[a]", preset=stage)["data"]["prompts"] == ["a"]
     assert settled("reward=model", preset=stage)["reward"]["path"] == "model"
     assert settled("reward@gold=length", preset=stage)["gold"] == composed("reward=length")["reward"]

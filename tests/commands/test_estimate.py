@@ -57,13 +57,18 @@ def test_parameters_and_held_memory_are_those_of_the_real_run(override, lora):
     expected = {
         "weights": sum(x.nbytes for x in [*ppo.policy.parameters(), *ppo.policy.buffers()]),
         "critic": sum(x.nbytes for x in [*ppo.critic.parameters(), *ppo.critic.buffers()]),
-        "gradients": sum(p.nbytes for p in trained),
         "optimiser": state,
     }
     assert {part: round(found.held[part] * GB) for part in expected} == expected
+    gradients = sum(p.nbytes for p in trained)
+    assert round(found.working["8 step"]["gradients"] * GB) == gradients
+    split = estimated(*override, "critic=separate", "trainer.accumulate_grad_batches=2")
+    assert round(split.held["gradients"] * GB) == gradients  # beside the next micro-batch's activations
     buffers = sum(x.nbytes for x in real_policy().buffers())
-    assert round(found.held["decode copy"] * GB) == whole // 2 + buffers
-    assert round(found.held.get("reference", 0) * GB) == (0 if lora else whole + buffers)
+    copy = found.held if lora else found.working["1 rollout: decode"]  # freed before the update where all of it trains
+    assert round(copy["decode copy"] * GB) == (whole // 2 + buffers if lora else whole // 2)
+    linear = sum(m.weight.nbytes for m in real_policy().modules() if type(m) is torch.nn.Linear)
+    assert round(found.held.get("reference", 0) * GB) == (0 if lora else whole - linear // 2 + buffers)
 
 
 @pytest.mark.parametrize("heads", [4, 2])
@@ -116,14 +121,17 @@ def test_shards_are_a_part_of_the_whole_and_ddp_holds_buckets():
     one = estimated()
     ddp, fsdp = (estimated(f"trainer={kind}", "machine=8xh100") for kind in ("ddp", "fsdp2"))
     assert (one.strategy, ddp.strategy, fsdp.strategy) == ("one device", "DDP", "FSDP2")
-    for part in ("weights", "reference", "gradients", "optimiser"):
+    for part in ("weights", "optimiser"):
         assert fsdp.held[part] == pytest.approx(one.held[part] / 8)
         assert ddp.held[part] == one.held[part]
-    assert fsdp.held["decode copy"] == one.held["decode copy"]
-    assert ddp.held["DDP's buckets"] == one.held["gradients"]
+    gradients = one.working["8 step"]["gradients"]
+    assert fsdp.working["8 step"]["gradients"] == pytest.approx(gradients / 8)
+    assert one.held["reference"] == ddp.held["reference"] > fsdp.held["reference"]
+    assert fsdp.held["decode copy"] >= one.working["1 rollout: decode"]["decode copy"]
+    assert ddp.held["DDP's buckets"] == gradients
     assert set(ddp.communication) == {"8 step"}
     assert set(fsdp.communication) == {"1 rollout: copy", "3 anchor", "7 forward, backward"}
-    ring = 2 * 7 / 8 * one.held["gradients"] / 450  # all-reduce: both halves of a ring, 450 GB/s
+    ring = 2 * 7 / 8 * gradients / 450  # all-reduce: both halves of a ring, 450 GB/s
     assert ddp.communication["8 step"] == pytest.approx(2 * 2 * ring)  # 32 rows in minibatches of 16, 2 epochs
 
 

@@ -48,6 +48,20 @@ def test_a_bf16_copy_follows_full_fine_tuning_and_leaves_the_weights_in_fp32():
     assert all("_decoder" not in name for name, _ in policy.named_parameters())
 
 
+def test_what_decodes_comes_back_after_it_was_freed():
+    policy = tiny_policy()
+    before = [x.clone() for x in policy.decoder(torch.bfloat16).parameters()]
+    policy.free_decoder()
+    assert sum(x.numel() for x in policy._decoder.parameters()) == 0
+    for fresh, old in zip(policy.decoder(torch.bfloat16).parameters(), before, strict=True):
+        assert torch.equal(fresh, old)
+    adapted = trained("llama")
+    copy = adapted.decoder(torch.bfloat16)
+    wanted = copy(IDS).logits
+    adapted.free_decoder()
+    assert torch.equal(adapted.decoder(torch.bfloat16)(IDS).logits, wanted)
+
+
 def test_validation_before_training_leaves_a_copy_that_training_can_write_to(trainer):
     """Lightning validates in inference mode."""
     ppo = PPO(policy=tiny_policy(lora=LORA), reward=letters, sampler=Sampler(max_new_tokens=4),

@@ -97,6 +97,28 @@ def test_rows_that_finish_do_not_disturb_the_others():
     assert texts(together) == alone
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_is_computed_once_for_its_group(family):
+    model, rows = tiny_model(family), []
+    model.register_forward_pre_hook(lambda _, __, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    groups = run(model, [p for p in PROMPTS for _ in range(3)], max_new_tokens=6, stop=())
+    assert rows == [4] + 5 * [12]
+    rows.clear()
+    order = [3 * prompt + member for member in range(3) for prompt in range(4)]  # no prompt follows itself
+    apart = run(model, PROMPTS * 3, max_new_tokens=6, stop=(), episodes=order)
+    assert rows == 6 * [12]
+    assert torch.equal(groups.response_ids[order], apart.response_ids)
+    torch.testing.assert_close(groups.logprobs[order], apart.logprobs, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_that_differ_in_their_padding_alone_are_not_one():
+    # The id of the padding may also be a token of a prompt.
+    model = tiny_model()
+    together = run(model, [[PAD, 5, 9], [5, 9]], max_new_tokens=6)
+    alone = [texts(run(model, [p], max_new_tokens=6, episodes=[i]))[0] for i, p in enumerate([[PAD, 5, 9], [5, 9]])]
+    assert texts(together) == alone
+
+
 def test_two_seeds_differ_and_one_seed_repeats():
     model = tiny_model()
     first, again, other = (texts(run(model, PROMPTS, seed=s, max_new_tokens=8)) for s in (1, 1, 2))
