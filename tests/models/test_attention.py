@@ -84,18 +84,20 @@ def test_an_encoder_sees_to_both_sides(taken):
 
 @pytest.mark.parametrize(
     ("dtype", "length", "expected"),
-    [(torch.float32, 6, False), (torch.bfloat16, 6, True), (torch.bfloat16, 257, False), (torch.bfloat16, 256, True)],
+    [(torch.float32, 64, True), (torch.float32, 65, False), (torch.bfloat16, 257, False), (torch.bfloat16, 256, True)],
 )
-def test_only_short_sequences_in_bfloat16_are_products(dtype, length, expected, taken):
-    model = tiny_model(max_position_embeddings=512)
+def test_only_short_sequences_are_products(dtype, length, expected, taken):
+    model = tiny_model(max_position_embeddings=512, hidden_size=256)
     attention.use_fitting_attention(model)
     model.to(dtype)(torch.ones(1, length, dtype=torch.long))
     assert bool(taken) == expected
 
 
-def test_autocast_counts_as_bfloat16(taken):
+def test_autocast_counts_as_bfloat16_and_tiny_models_stay_with_one_kernel_in_fp32(taken):
     model = tiny_model()
     attention.use_fitting_attention(model)
+    model(IDS)
+    assert not taken
     with torch.autocast("cpu", torch.bfloat16):
         model(IDS)
     assert taken
