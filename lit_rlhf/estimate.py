@@ -17,9 +17,10 @@ from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.checks import check_int
 from lit_rlhf.config import command, instantiate, refuse_unknown
 from lit_rlhf.errors import UserError
-from lit_rlhf.estimation.roofline import Machine
+from lit_rlhf.estimation.roofline import Machine, ThisMachine
 from lit_rlhf.estimation.shapes import shapes_only, size_of
 from lit_rlhf.estimation.stages import Layout, Stage, frozen_reference, leaves, offline_stages, online_stages
+from lit_rlhf.models.reference import cast_dtype
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rewards.http import JsonClient
 from lit_rlhf.train import check_plain, make_algorithm
@@ -77,7 +78,7 @@ def estimate(config: DictConfig) -> Estimate:
     run = OmegaConf.masked_copy(config, [key for key in config if key not in _OWN])
     check_plain(run)
     quiet()
-    with shapes_only(), warnings.catch_warnings():
+    with shapes_only(cpu=isinstance(machine, ThisMachine)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about tensors without memory
         algorithm = make_algorithm(run)
         layout = Layout(
@@ -89,8 +90,8 @@ def estimate(config: DictConfig) -> Estimate:
         )
         clips = bool(run.trainer.get("gradient_clip_val"))
         if algorithm.reference is not None:
-            casts = layout.precision == "bf16-mixed" and layout.strategy != "FSDP2"
-            algorithm.reference.place(torch.device("cpu"), torch.bfloat16 if casts else None)
+            sharded = layout.strategy == "FSDP2"
+            algorithm.reference.place(torch.device("cpu"), cast_dtype(layout.precision, sharded=sharded))
         if algorithm.online:
             stages = list(online_stages(algorithm, layout, clips))
         else:
@@ -121,7 +122,7 @@ def estimate(config: DictConfig) -> Estimate:
         communication={name: time for name, time in sent.items() if time},
         flops={stage.name: stage.count * stage.trace.flops / 1e12 for stage in stages},
         iteration=sum(seconds.values()),
-        not_counted=_not_counted(run, algorithm),
+        not_counted=_not_counted(run, algorithm, machine),
     )
 
 
@@ -221,9 +222,9 @@ def _leaves(algorithm: Any) -> list[Any]:
     return [leaf for reward in (algorithm.reward, algorithm.gold) if reward is not None for leaf in leaves(reward)]
 
 
-def _not_counted(config: DictConfig, algorithm: Algorithm) -> list[str]:
-    """What nobody but its author knows the cost of."""
-    found = []
+def _not_counted(config: DictConfig, algorithm: Algorithm, machine: Machine) -> list[str]:
+    """What has an unknown cost."""
+    found = ["what the processes send each other"] if machine.devices > 1 and not machine.interconnect else []
     for reward in _leaves(algorithm) if algorithm.online else []:
         function = getattr(reward, "function", reward)
         kind = function if hasattr(function, "__qualname__") else type(function)

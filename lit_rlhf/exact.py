@@ -209,7 +209,7 @@ class ExactProblem:
             (count, 2) rows of ``rollout``, the preferred one first.
 
         Raises:
-            UserError: ``flipped`` is no share.
+            UserError: ``flipped`` is no share, or completions of a prompt hardly ever differ.
 
         Example:
             DPO on them, with a policy that is the reference::
@@ -219,6 +219,8 @@ class ExactProblem:
                 trainer.fit(algorithm, DataLoader(problem.preferences(100_000, seed=0), batch_size=1024))
         """
         check_number("flipped", flipped, at_least=0, at_most=1)
+        if (self.reference.exp().square().sum(-1) > 1 - 1e-4).any():
+            raise UserError("the reference completes a prompt in one way almost always: there are no pairs that differ")
         generator = torch.Generator().manual_seed(seed)
         prompts = torch.randint(self.shape[0], (count,), generator=generator)
         pairs = torch.zeros(count, 2, dtype=torch.long)

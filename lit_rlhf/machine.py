@@ -21,8 +21,8 @@ def keep_freed_memory() -> None:
 
     Logits, activations and gradients come and go in blocks of up to hundreds of megabytes, and a fresh page costs more
     time than what is computed on it. Linux gives the heap pages of 2 MB as well where its setting is ``madvise``: it
-    is let grow to half of the machine's memory at once, of which only what is used is ever resident. Does nothing where
-    the C library is another one.
+    is let grow to half of the machine's memory at once, of which only what was ever used is resident. Whatever was
+    used stays with the process until it ends. Does nothing where the C library is another one.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,7 @@ from lit_rlhf.checkpoint_io import write_to_files
 from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, shard, whole, world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.reference import Reference
+from lit_rlhf.models.reference import Reference, cast_dtype
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[..., torch.optim.lr_scheduler.LRScheduler]
@@ -201,9 +202,19 @@ class Algorithm(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as Lightning does, but lets fused optimisers through: it refuses them in every mixed precision."""
+        """Clips as Lightning does, but lets fused optimisers through, which it refuses in every mixed precision.
+
+        Raises:
+            UserError: a fused optimiser in 16-mixed, which gets its gradients scaled.
+        """
         if not gradient_clip_val:
             return
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise UserError(
+                "trainer.gradient_clip_val with trainer.precision=16-mixed needs optimizer.fused=false: a fused "
+                "optimiser gets gradients that are still scaled. bf16-mixed has no scale"
+            )
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
@@ -237,9 +248,9 @@ class Algorithm(L.LightningModule):
         if self.leaves_weights_out and isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # else it waits for their gradients
         if self.reference is not None:
-            # Shards have one precision each.
-            casts = self.trainer.precision == "bf16-mixed" and not isinstance(self.trainer.strategy, FSDP2Strategy)
-            self.reference.place(self.trainer.strategy.root_device, torch.bfloat16 if casts else None)
+            strategy = self.trainer.strategy
+            cast = cast_dtype(str(self.trainer.precision), sharded=isinstance(strategy, FSDP2Strategy))
+            self.reference.place(strategy.root_device, cast)
 
     def configure_model(self) -> None:
         """Shards the models that train where the strategy is FSDP2."""
@@ -351,3 +362,15 @@ class Algorithm(L.LightningModule):
     def autocast(self) -> Any:
         """The precision of the training step, for forward passes outside it."""
         return self.trainer.precision_plugin.forward_context()
+
+    @contextmanager
+    def autocast_for_many(self) -> Iterator[None]:
+        """``autocast`` for many forward passes without gradients: weights that train are cast once for all of them."""
+        with torch.no_grad(), self.autocast():
+            before = torch.is_autocast_cache_enabled()  # Lightning switches it off
+            torch.set_autocast_cache_enabled(True)
+            try:
+                yield
+            finally:
+                torch.clear_autocast_cache()  # before anything is cast for a gradient
+                torch.set_autocast_cache_enabled(before)

@@ -125,16 +125,16 @@ class KTO(OfflineAlgorithm):
         self._one_label = self.sequences == 0
         super().on_train_start()
 
-    def write_row(self, validation: dict[str, float] | None = None) -> None:
-        share = self.means.compute().get("kto/desirable", 0.5)
-        self._one_label &= share in (0, 1)
-        if self._one_label and (self.sequences >= _ENOUGH or not self.within_epoch):
+    def log_row(self, metrics: dict[str, float]) -> None:
+        share = metrics.get("kto/desirable")
+        self._one_label &= share in (0, 1, None)
+        if self._one_label and share is not None and (self.sequences >= _ENOUGH or not self.within_epoch):
             self._one_label = False  # said once
             log.warning(
                 "the first %d rows are all %s; KTO learns from both, so put undesirable and desirable rows into the "
                 "data and shuffle them", self.sequences, "desirable" if share else "undesirable",
             )  # fmt: skip
-        super().write_row(validation)
+        super().log_row(metrics)
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         if "kto/desirable" not in means:

@@ -272,7 +272,7 @@ class OnlineAlgorithm(Algorithm):
         """Stage 3: log-probabilities by the training forward pass, in its precision, so that the first ratio is 1."""
         parts: list[tuple[Tensor, ...]] = []
         starts = range(0, len(rollout), self.minibatch_size)
-        with torch.no_grad(), self.autocast():  # around all parts: the weights are cast once
+        with self.autocast_for_many():
             for number, start in enumerate(starts):
                 self.call_hook("on_phase", "anchor", number, len(starts))
                 part = rollout[start : start + self.minibatch_size].to(self.device)

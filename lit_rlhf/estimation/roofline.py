@@ -36,7 +36,7 @@ class Machine:
         fp32, bf16: dense matrix products in these precisions, in 1e12 FLOP per second. On a GPU fp32 is TF32's, which
             training allows.
         efficiency: the share of the three rates above that is reached.
-        interconnect: what each device sends to and gets from the others, in 1e9 bytes per second.
+        interconnect: what each device sends to and gets from the others, in 1e9 bytes per second; 0 does not count it.
         start: what starting an operation costs the program, in microseconds.
         reserved: memory that is taken before a run begins, in 1e9 bytes.
 

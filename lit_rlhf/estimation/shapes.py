@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel, masking_utils
 
-from lit_rlhf.models import reference
+from lit_rlhf.models import attention, reference
 
 _aten = torch.ops.aten
 #: What PyTorch's flop counter leaves out.
@@ -147,9 +147,13 @@ class Trace(TorchDispatchMode):
 
 
 @contextmanager
-def shapes_only() -> Iterator[None]:
-    """Everything made inside has shapes alone; pretrained models come from their config files without their weights."""
+def shapes_only(*, cpu: bool) -> Iterator[None]:
+    """Everything made inside has shapes alone; pretrained models come from their config files without their weights.
+
+    Tensors without memory say that they are on a CPU, whichever device they stand for: ``cpu`` is whether they are.
+    """
     replacements = [
+        *([] if cpu else [(attention, "products_are_faster", lambda *_: False)]),
         (PreTrainedModel, "from_pretrained", classmethod(_from_config_file)),
         (nn.Module, "_apply", _apply),
         (masking_utils, "is_tracing", lambda *_: False),  # which would make masks where the real code finds no padding

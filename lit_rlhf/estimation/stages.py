@@ -160,7 +160,10 @@ def _rollout(algorithm: OnlineAlgorithm, layout: Layout, rows: int) -> Iterator[
             with Trace():
                 decode(ids[:, 1:], cache, length - 1)
         with Trace(policy.vocabulary) as trace:
-            decode(ids if name == "prefill" else ids[:, -1:], cache, length)
+            # A prompt is computed once for its group.
+            decode(ids[:: algorithm.group_size] if name == "prefill" else ids[:, -1:], cache, length)
+            if name == "prefill" and algorithm.group_size > 1:
+                cache.batch_repeat_interleave(algorithm.group_size)
         cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         kept = cached / length * whole
         more = {"KV cache": kept, "decode copy": freed}
@@ -316,7 +319,8 @@ def _backward(algorithm: Algorithm, layout: Layout, loss: Any, steps: int) -> St
         # Gradients take the place of activations as they come.
         memory = {"activations": trace.activations, "logits": trace.logits}
         value.backward()
-    after = trace.activations + trace.logits - (0 if layout.frees_gradients else trained)
+    part = layout.world if layout.strategy == "FSDP2" else 1  # of the gradients that a device keeps
+    after = trace.activations + trace.logits - trained + (trained / part if layout.frees_gradients else 0)
     if after > sum(memory.values()):
         memory = {"activations": after - trace.logits, "logits": trace.logits}
     networks = list(algorithm.children())

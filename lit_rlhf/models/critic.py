@@ -85,7 +85,8 @@ class SeparateCritic(nn.Module):
             self.head = _Head(model.config.get_text_config().hidden_size)
             with torch.no_grad():
                 self.head.weight.copy_(model.score.weight)
-        use_fitting_attention(self.backbone)
+        if init != "policy":  # whose attention somebody may have named
+            use_fitting_attention(self.backbone)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
 

@@ -274,8 +274,9 @@ class Policy(nn.Module):
         """Gives up the memory of what ``decoder`` makes again: the whole copy, but for adapters and sharded weights."""
         if self._decoder is None or self.sharded or isinstance(self.model, PeftModel):
             return
-        for parameter in self._decoder.parameters():
-            parameter.data = parameter.data.new_empty(0)
+        with torch.inference_mode(False):  # as in ``decoder``
+            for parameter in self._decoder.parameters():
+                parameter.data = parameter.data.new_empty(0)
 
     @torch.no_grad()
     def merged(self) -> PreTrainedModel:

@@ -43,7 +43,6 @@ class FrozenCopy:
         self._policy = copy.deepcopy(policy).eval()
         for parameter in self._policy.parameters():
             parameter.requires_grad_(False)
-        self._cast: torch.dtype | None = None
 
     def __call__(self, *tokens: Tensor, **settings: Any) -> PolicyOutput:
         return self._policy(*tokens, **settings)
@@ -55,32 +54,30 @@ class FrozenCopy:
         """Moves the weights to ``device`` and keeps linear layers in ``cast``, to which autocast casts them anyway.
 
         That halves their memory and changes no number. Embeddings and norms, and what is tied to them, stay in fp32, as
-        does what the model's class wants so.
-
-        Raises:
-            UserError: they were cast before, and now the run has another precision.
+        does what the model's class wants so. Without ``cast`` all are in fp32; those that were cast once stay rounded.
         """
-        if self._cast not in (None, cast):
-            raise UserError(
-                f"the reference was cast to {self._cast} for an earlier run; another precision needs a new algorithm"
-            )
-        self._cast = cast
         self._policy.to(device)
-        if cast is None or isinstance(self._policy.model, GuidedModel):
+        if isinstance(self._policy.model, GuidedModel):
             return
-        modules = dict(self._policy.base.named_modules())
-        whole = getattr(self._policy.base, "_keep_in_fp32_modules", None) or ()
-        linear = {n: m for n, m in modules.items() if type(m) is nn.Linear and not any(part in n for part in whole)}
+        base = self._policy.base
+        kept = {*(base._keep_in_fp32_modules or ()), *(base._keep_in_fp32_modules_strict or ())}
+        modules = dict(base.named_modules())
+        linear = {n: m for n, m in modules.items() if type(m) is nn.Linear and not kept & set(n.split("."))}
         others = {id(p) for n, m in modules.items() if n not in linear for p in m.parameters(recurse=False)}
         for parameter in (p for module in linear.values() for p in module.parameters(recurse=False)):
             if id(parameter) not in others:
-                parameter.data = parameter.data.to(cast)
+                parameter.data = parameter.data.to(cast or torch.float32)
 
     def shard(self, mesh: Any) -> None:
         shard(self._policy.base, mesh)
 
 
 Reference = AdapterOff | FrozenCopy
+
+
+def cast_dtype(precision: str, *, sharded: bool) -> torch.dtype | None:
+    """What ``place`` casts to under a ``trainer.precision``; the shards of a layer have one precision."""
+    return torch.bfloat16 if precision == "bf16-mixed" and not sharded else None
 
 
 def make_reference(policy: Policy) -> Reference:

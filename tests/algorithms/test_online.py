@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -413,6 +414,14 @@ def test_gradients_within_the_bound_are_left_as_they_are(trainer):
         fit(trainer, ppo, max_epochs=1, gradient_clip_val=bound)
         weights.append([p.detach().clone() for p in ppo.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+
+
+def test_clipping_scaled_gradients_of_a_fused_optimiser_is_refused():
+    ppo = make()
+    ppo.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))  # as of 16-mixed on a GPU
+    optimizer = torch.optim.AdamW(ppo.policy.parameters(), fused=True)
+    with pytest.raises(UserError, match=r"trainer\.precision=16-mixed needs optimizer\.fused=false"):
+        ppo.configure_gradient_clipping(optimizer, 1.0)
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])

@@ -336,7 +336,9 @@ def test_a_label_may_be_a_tensor_as_the_default_collate_makes_it():
                                               ([True, False] * 4, None)])  # fmt: skip
 def test_kto_says_when_its_rows_have_one_label(trainer, caplog, labels, told):
     rows = [{"prompt": "q", "completion": f"film {n}", "label": label} for n, label in enumerate(labels)]
-    trainer(max_epochs=2).fit(KTO(policy=tiny_policy(), log_every_n_steps=1), DataLoader(rows, batch_size=2))
+    kto = KTO(policy=tiny_policy(), log_every_n_steps=1)
+    trainer(max_epochs=2).fit(kto, DataLoader(rows, batch_size=2))
+    assert {"loss/total", "kto/kl", "kto/desirable", "optim/grad_norm"} <= set(kto.last_row)
     said = [r.getMessage() for r in caplog.records if "KTO learns from both" in r.getMessage()]
     assert [text.split(";")[0] for text in said] == ([f"the first 8 rows are all {told}"] if told else [])
 

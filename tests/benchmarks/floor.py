@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.functional import entropy_from_logits, selective_logprobs
-from lit_rlhf.models.attention import products
+from lit_rlhf.models.attention import attention_forward
 from tests.benchmarks.settings import Settings
 
 REPETITIONS = 3
@@ -89,7 +90,7 @@ def measure_floor(algorithm: OnlineAlgorithm, settings: Settings) -> dict[str, A
         "gflop": sum(stage["gflop"] for stage in stages.values()),
         "dtype": str(low).removeprefix("torch."),
         "stages": stages,
-        "besides": besides(algorithm, settings, low, layers["policy"]),
+        "besides": besides(algorithm, settings, low, layers["policy"] + layers["head"]),
     }
 
 
@@ -105,8 +106,9 @@ def besides(
         gradients = [torch.zeros_like(w, dtype=low) for w, trains in weights if trains]
         found["gradients to fp32"] = updates * _time(lambda: [gradient.float() for gradient in gradients])
     config = algorithm.policy.base.config
-    logits = torch.randn(settings.minibatch * settings.response_length, config.vocab_size).to(low)
-    chosen = torch.zeros(len(logits), dtype=torch.long)
+    device = weights[0][0].device
+    logits = torch.randn(settings.minibatch * settings.response_length, config.vocab_size, device=device).to(low)
+    chosen = torch.zeros(len(logits), dtype=torch.long, device=device)
     with torch.no_grad():
         found["log-probabilities"] = (2 * anchors + updates) * _time(lambda: selective_logprobs(logits, chosen))
         found["entropies"] = updates * _time(lambda: entropy_from_logits(logits))
@@ -114,16 +116,19 @@ def besides(
     found["log-probabilities, backward"] = updates * _time(lambda: torch.autograd.grad(loss, logits, retain_graph=True))
     layers, both = config.num_hidden_layers, settings.prompt_length + settings.response_length
     size = config.hidden_size // config.num_attention_heads
-    shapes = [(settings.minibatch, n, both, size) for n in (config.num_attention_heads, config.num_key_value_heads)]
-    query, key = (torch.randn(shape).to(low).requires_grad_() for shape in shapes)
-    mask = torch.ones(both, both, dtype=torch.bool).tril()
-    found["attention"] = 2 * anchors * layers * _time(lambda: products(query, key, key, mask))
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    query, key = (torch.randn(settings.minibatch, n, both, size, device=device).to(low).requires_grad_() for n in heads)
+    module = SimpleNamespace(num_key_value_groups=heads[0] // heads[1])
 
-    def attend() -> None:
+    def attend() -> Tensor:
+        return attention_forward(module, query, key, key, None, is_causal=True)[0]
+
+    def learn() -> None:
         with torch.enable_grad():
-            products(query, key, key, mask).sum().backward()
+            attend().sum().backward()
 
-    found["attention, backward too"] = updates * layers * _time(attend)
+    found["attention"] = 2 * anchors * layers * _time(attend)
+    found["attention, backward too"] = updates * layers * _time(learn)
     return found
 
 

@@ -14,7 +14,8 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.estimate import Estimate, estimate, require_fit
 from lit_rlhf.estimation.roofline import Machine, ThisMachine
 from lit_rlhf.estimation.shapes import Trace, shapes_only, size_of
-from lit_rlhf.models import Policy, SeparateCritic
+from lit_rlhf.machine import peak_memory_gb, reset_peak_memory
+from lit_rlhf.models import Policy, SeparateCritic, attention
 from lit_rlhf.models.policy import byte_tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -101,7 +102,7 @@ def test_activations_are_what_autograd_really_keeps():
         loss = output.logprobs.sum()
     real = sum(kept.values())
     del loss
-    with shapes_only(), Trace(policy.vocabulary) as trace:
+    with shapes_only(cpu=True), Trace(policy.vocabulary) as trace:
         fake = real_policy().train()
         output = fake(*tokens(4, 8, 6))
     seen = trace.activations + trace.logits - size_of(fake)  # the model was made inside
@@ -233,9 +234,35 @@ def test_a_reward_models_training_can_be_estimated(tiny_models):
 
 def test_a_large_model_takes_no_memory():
     shape = ["policy=llama_8b", "policy.num_hidden_layers=4", "trainer=fsdp2", "machine=8xh100"]
+    reset_peak_memory()
+    before = peak_memory_gb()
     found = estimated(*shape, defaults=[])
+    assert peak_memory_gb() - before < 1  # its weights are 7.7 GB
     layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2)
     assert found.parameters["policy"] == 4 * layer + 2 * 128256 * 4096 + 4096
+
+
+def test_a_gpu_is_not_thought_to_do_what_is_faster_on_a_cpu(monkeypatch):
+    seen, real = [], attention.products
+    monkeypatch.setattr(attention, "products", lambda *args: seen.append(args) or real(*args))
+    estimated("machine=h100", "trainer.precision=bf16-mixed")
+    assert not seen
+    monkeypatch.setattr(ThisMachine, "seconds", lambda *_: 0.0)
+    estimated("machine=here", "trainer.precision=bf16-mixed")
+    assert seen
+
+
+def test_a_group_has_its_prompt_computed_once():
+    def prefill(size: int) -> float:
+        grpo = ["algorithm=grpo", f"algorithm.group_size={size}", "algorithm.rollout_batch_size=32"]
+        return estimated(*grpo, "sampler.max_new_tokens=6").flops["1 rollout: prefill"]
+
+    assert prefill(8) == pytest.approx(prefill(2) / 4)
+
+
+def test_sending_at_an_unknown_rate_is_named():
+    assert "what the processes send each other" in estimated("machine.devices=2", "machine.interconnect=0").not_counted
+    assert not estimated("machine.devices=2").not_counted
 
 
 def test_what_does_not_fit_says_so():

@@ -62,6 +62,15 @@ def test_a_model_is_as_close_to_full_precision_as_with_sdpa(family, mask, taken)
     assert taken == 2 * [(2, 2, 6, 16)] + 2 * [(2, 2, 1, 16)]  # of two layers, in the last model
 
 
+def test_a_large_bias_of_the_keys_costs_no_precision_in_bfloat16():
+    torch.manual_seed(0)
+    query, keys, values = (torch.randn(2, 4, 16, 8).bfloat16() for _ in range(3))
+    keys = keys + 100  # adds the same to all logits of a query: no weight changes
+    found = attention.products(query, keys, values, None).double()
+    exact = torch.softmax(query.double() @ keys.double().transpose(2, 3), -1) @ values.double()
+    torch.testing.assert_close(found, exact, atol=0.02, rtol=0)
+
+
 def test_a_row_of_padding_alone_stays_finite_and_gives_finite_gradients():
     query = torch.randn(1, 2, 3, 4).requires_grad_()
     mask = torch.tensor([[[[False] * 3, [True, False, False], [True] * 3]]])

@@ -62,9 +62,10 @@ def test_what_decodes_comes_back_after_it_was_freed():
     assert torch.equal(adapted.decoder(torch.bfloat16)(IDS).logits, wanted)
 
 
-def test_validation_before_training_leaves_a_copy_that_training_can_write_to(trainer):
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_validation_before_training_leaves_a_copy_that_training_can_write_to(trainer, lora):
     """Lightning validates in inference mode."""
-    ppo = PPO(policy=tiny_policy(lora=LORA), reward=letters, sampler=Sampler(max_new_tokens=4),
+    ppo = PPO(policy=tiny_policy(lora=lora), reward=letters, sampler=Sampler(max_new_tokens=4),
               rollout_batch_size=4, minibatch_size=4)  # fmt: skip
     loop = trainer(max_epochs=2, precision="bf16-mixed")
     loop.validate(ppo, datamodule=Prompts(validation=True), verbose=False)

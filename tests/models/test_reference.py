@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny import tiny_policy
 
-from lit_rlhf.errors import UserError
 from lit_rlhf.models.reference import make_reference
 
 TOKENS = (torch.tensor([[5, 9], [12, 13]]), torch.ones(2, 2, dtype=torch.bool),
@@ -35,9 +34,20 @@ def test_without_autocast_it_stays_as_it_is():
     assert reference.fingerprint() == before
 
 
-def test_another_precision_afterwards_is_refused():
+def test_a_run_in_full_precision_afterwards_sees_what_the_first_one_saw():
     reference = make_reference(tiny_policy())
     reference.place(CPU, torch.bfloat16)
     reference.place(CPU, torch.bfloat16)
-    with pytest.raises(UserError, match=r"cast to torch\.bfloat16 for an earlier run"):
-        reference.place(CPU, None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = reference(*TOKENS).logprobs
+    reference.place(CPU, None)
+    with torch.no_grad():
+        torch.testing.assert_close(reference(*TOKENS).logprobs, before, atol=0.2, rtol=0)  # activations in fp32 now
+
+
+def test_what_a_class_wants_in_fp32_is_not_cast(monkeypatch):
+    reference = make_reference(tiny_policy())
+    monkeypatch.setattr(reference._policy.base, "_keep_in_fp32_modules_strict", {"down_proj"})
+    reference.place(CPU, torch.bfloat16)
+    layer = reference._policy.base.model.layers[0].mlp
+    assert (layer.down_proj.weight.dtype, layer.up_proj.weight.dtype) == (torch.float32, torch.bfloat16)
