@@ -43,6 +43,7 @@ class FrozenCopy:
         self._policy = copy.deepcopy(policy).eval()
         for parameter in self._policy.parameters():
             parameter.requires_grad_(False)
+        self._dtype = next(self._policy.parameters()).dtype
 
     def __call__(self, *tokens: Tensor, **settings: Any) -> PolicyOutput:
         return self._policy(*tokens, **settings)
@@ -54,7 +55,7 @@ class FrozenCopy:
         """Moves the weights to ``device`` and keeps linear layers in ``cast``, to which autocast casts them anyway.
 
         That halves their memory and changes no number. Embeddings and norms, and what is tied to them, stay in fp32, as
-        does what the model's class wants so. Without ``cast`` all are in fp32; those that were cast once stay rounded.
+        does what the model's class wants so. Without ``cast`` all are as they came; once cast, they stay rounded.
         """
         self._policy.to(device)
         if isinstance(self._policy.model, GuidedModel):
@@ -66,7 +67,7 @@ class FrozenCopy:
         others = {id(p) for n, m in modules.items() if n not in linear for p in m.parameters(recurse=False)}
         for parameter in (p for module in linear.values() for p in module.parameters(recurse=False)):
             if id(parameter) not in others:
-                parameter.data = parameter.data.to(cast or torch.float32)
+                parameter.data = parameter.data.to(cast or self._dtype)
 
     def shard(self, mesh: Any) -> None:
         shard(self._policy.base, mesh)
