@@ -14,7 +14,7 @@ COMMANDS = {
     "estimate": "memory and time before a run: lit-rlhf estimate policy=llama_8b trainer=fsdp2 machine=8xh100",
     "fetch": "models and data into the cache: lit-rlhf fetch smollm2 minilm human_ratings",
 }
-_MODULES = {"eval": "lit_rlhf.evaluate"}
+_MODULES = {"train": "lit_rlhf.train_command", "eval": "lit_rlhf.evaluate"}
 
 USAGE = "usage: lit-rlhf COMMAND [overrides]\n\n" + "\n".join(
     f"  {name:10} {text}" for name, text in COMMANDS.items()

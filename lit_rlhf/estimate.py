@@ -90,8 +90,8 @@ def estimate(config: DictConfig) -> Estimate:
         )
         clips = bool(run.trainer.get("gradient_clip_val"))
         if algorithm.reference is not None:
-            sharded = layout.strategy == "FSDP2"
-            algorithm.reference.place(torch.device("cpu"), cast_dtype(layout.precision, sharded=sharded))
+            cast = cast_dtype(layout.precision, sharded=layout.sharded)
+            algorithm.reference.place(torch.device("cpu"), cast)
         if algorithm.online:
             stages = list(online_stages(algorithm, layout, clips))
         else:
@@ -99,7 +99,7 @@ def estimate(config: DictConfig) -> Estimate:
         held = _held(algorithm, layout, stages)
         working = {stage.name: {kind: size / GB for kind, size in stage.memory.items() if size} for stage in stages}
         if hasattr(algorithm, "policy"):
-            exported = sum(p.numel() for p in algorithm.policy.parameters()) * 4
+            exported = _count(algorithm.policy) * 4
             working["export"] = {"copy of the policy": exported / GB}
         parameters = {name: _count(module) for name, module in algorithm.named_children()}
         parameters["trained"] = sum(p.numel() for p in algorithm.optimized_parameters())
@@ -185,22 +185,21 @@ def _batch_size(data: DictConfig) -> int:
 
 def _held(algorithm: Algorithm, layout: Layout, stages: list[Stage]) -> dict[str, float]:
     """Bytes that are taken all the time, by part."""
-    part = layout.world if layout.strategy == "FSDP2" else 1
     held: Counter[str] = Counter()
     for name, module in algorithm.named_children():
-        held["weights" if name in ("policy", "scorer") else name] += size_of(module) / part
-    held["reference"] = sum(map(size_of, frozen_reference(algorithm))) / part
+        held["weights" if name in ("policy", "scorer") else name] += size_of(module) / layout.parts
+    held["reference"] = sum(map(size_of, frozen_reference(algorithm))) / layout.parts
     policy = getattr(algorithm, "policy", None)
     if policy is not None and policy._decoder is not None:
         held["decode copy"] = size_of(policy._decoder)
     if algorithm.online:
         held["reward"] = sum(size_of(reward.scorer) for reward in _leaves(algorithm) if hasattr(reward, "scorer"))
-    gradients = sum(size_of(p) for p in algorithm.optimized_parameters()) / part
+    gradients = sum(size_of(p) for p in algorithm.optimized_parameters()) / layout.parts
     held["gradients"] = 0 if layout.frees_gradients else gradients
     held["optimiser"] = sum(stage.memory.pop("optimiser", 0.0) for stage in stages)
     if layout.strategy == "DDP":
         held["DDP's buckets"] = gradients
-    if layout.strategy == "FSDP2":
+    if layout.sharded:
         held["layers put together"] = max(map(_together, algorithm.children()))
     return dict(held)
 

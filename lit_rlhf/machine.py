@@ -31,11 +31,16 @@ def keep_freed_memory() -> None:
     libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
     libc.mallopt(_M_TOP_PAD, 64 * 2**20)
     libc.malloc.restype = ctypes.c_void_p
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    size = memory_size() // 2
     if block := libc.malloc(ctypes.c_size_t(size)):
         start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), _MADV_HUGEPAGE)
         libc.free(ctypes.c_void_p(block))
+
+
+def memory_size() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def best_precision() -> str:
@@ -50,6 +55,11 @@ def best_precision() -> str:
     return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
 
 
+def decode_dtype(precision: str) -> torch.dtype:
+    """Of the weights that complete prompts under a ``trainer.precision``."""
+    return torch.bfloat16 if precision.startswith("bf16") else torch.float32
+
+
 def reset_peak_memory() -> None:
     """Lets ``peak_memory_gb`` count from now on, where the system can (Linux)."""
     with suppress(OSError):
@@ -58,8 +68,19 @@ def reset_peak_memory() -> None:
 
 def peak_memory_gb() -> float:
     """The largest resident memory of this process since ``reset_peak_memory``, in units of 1e9 bytes."""
-    with suppress(OSError):
-        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
-            return round(int(found[1]) * 1024 / 1e9, 3)
+    if (peak := _status_gb("VmHWM")) is not None:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
+
+
+def resident_memory_gb() -> float:
+    """The memory that this process holds now, in units of 1e9 bytes; 0 where the system does not say."""
+    return _status_gb("VmRSS") or 0.0
+
+
+def _status_gb(name: str) -> float | None:
+    with suppress(OSError):
+        if found := re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return round(int(found[1]) * 1024 / 1e9, 3)
+    return None

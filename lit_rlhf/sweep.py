@@ -80,7 +80,9 @@ class Sweep(Callback):
         job["folder"] = os.path.relpath(folder, self._folder)
         replace_file(folder / JOB, json.dumps(job, indent=2) + "\n")
 
-    def on_multirun_end(self, **_: Any) -> None:
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if "n_jobs" in config.hydra.launcher:
+            end_workers()
         failed = self._close(share=True)
         if failed:
             sys.exit(failed)  # of exceptions Hydra makes warnings
@@ -107,6 +109,13 @@ class Sweep(Callback):
         return "\n".join(lines) if failed else ""
 
 
+def end_workers() -> None:
+    """Ends joblib's idle worker processes, which else take seconds to free what they hold when the command ends."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+
+
 def threads_per_job(launcher: DictConfig) -> int | None:
     """torch's threads in each of several jobs that share a machine; None leaves them as they are.
 
@@ -115,9 +124,10 @@ def threads_per_job(launcher: DictConfig) -> int | None:
     """
     if "n_jobs" in launcher:
         import joblib
-        import torch
 
-        return max(1, torch.get_num_threads() // joblib.effective_n_jobs(launcher.n_jobs))
+        # As torch counts them, which the process that starts the jobs need not import.
+        threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] or joblib.cpu_count(only_physical_cores=True)
+        return max(1, int(threads) // joblib.effective_n_jobs(launcher.n_jobs))
     if launcher.get("cpus_per_task"):
         return launcher.cpus_per_task
     return 1 if launcher._target_.endswith("submitit_launcher.LocalLauncher") else None
@@ -187,7 +197,6 @@ def write_table(folder: Path, jobs: list[dict[str, Any]]) -> None:
 def write_report(folder: Path, *, share: bool) -> None:
     """Writes the report over all jobs; with ``share``, W&B gets it, too, if the jobs are there."""
     from lit_rlhf.report import build_report  # here, because its plotting library takes half a second to import
-    from lit_rlhf.report_wandb import share_comparison
 
     try:
         log.info("report: %s", build_report(folder))
@@ -195,7 +204,9 @@ def write_report(folder: Path, *, share: bool) -> None:
         log.warning("no report: %s", error)
         return
     try:
-        if share:
+        if share and any(folder.rglob("wandb")):
+            from lit_rlhf.report_wandb import share_comparison  # imports torch
+
             share_comparison(folder)
     except Exception as error:  # else the command would not say which jobs failed
         log.warning("no report in W&B: %s: %s", type(error).__name__, error)

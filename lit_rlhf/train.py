@@ -18,7 +18,7 @@ from torch import nn
 
 from lit_rlhf.algorithms.base import Algorithm, make_optimizer
 from lit_rlhf.checks import check_text
-from lit_rlhf.config import command, differences, instantiate, instantiate_all, refuse_unknown, resolved
+from lit_rlhf.config import differences, instantiate, instantiate_all, refuse_unknown, resolved
 from lit_rlhf.config_types import check_types
 from lit_rlhf.distributed import SHARDED_META, FSDP2Strategy, agree, processes_to_start, run_in_processes
 from lit_rlhf.errors import UserError
@@ -29,6 +29,7 @@ from lit_rlhf.quiet import quiet
 from lit_rlhf.run_folder import CONFIG, SUMMARY, read_summary, write_summary
 from lit_rlhf.sweep import in_multirun, label_job
 from lit_rlhf.terminal import print_config
+from lit_rlhf.train_command import main
 
 log = logging.getLogger(__name__)
 
@@ -335,8 +336,8 @@ def require_unused(folder: Path) -> None:
             )
 
 
-@command("train")
-def main(config: DictConfig) -> float | None:
+def run_job(config: DictConfig) -> float | None:
+    """``train`` as Hydra runs it: alone, after the config was printed, or as a job of a multirun."""
     label_job(config)
     if rank_zero_only.rank == 0 and not in_multirun():  # rank: of a launcher's processes
         print_config(resolved(config))

@@ -305,7 +305,7 @@ def test_learned_values_are_those_of_dynamic_programming_entry_by_entry(algorith
     for name, errors in found.errors.items():
         assert errors.max() < 0.1, (name, errors)
         assert at_first.errors[name].max() > 0.8
-    assert solver.regret(exact, found.logprobs) < 0.05
+    assert solver.measure(exact, found.logprobs).regret < 0.05
 
 
 @pytest.mark.parametrize(

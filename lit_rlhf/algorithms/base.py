@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from lit_rlhf.checkpoint_io import write_to_files
 from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, shard, whole, world_size
 from lit_rlhf.errors import UserError
+from lit_rlhf.machine import decode_dtype
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, cast_dtype
 
@@ -38,6 +39,10 @@ def make_optimizer(factory: OptimizerFactory, parameters: Iterable[nn.Parameter]
         return factory(parameters)
     except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"config key 'optimizer': {error}") from error
+
+
+def with_gradients(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 class RunningMean:
@@ -176,10 +181,9 @@ class Algorithm(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in with_gradients(optimizer)]))
         self._gradient_norm = float(norm)
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # else overflow is part of the method
+        if not self.scales_gradients:  # else overflow is part of the method
             self.require_finite("gradient", norm)
         self.means.add({"optim/grad_norm": norm}, 1.0)
 
@@ -187,6 +191,11 @@ class Algorithm(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         # Lightning frees gradients after the next forward pass, whose activations would lie beside them.
         self.trainer.optimizers[0].zero_grad()
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether losses are scaled up for the backward pass (16-mixed)."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def require_finite(self, what: str, value: Tensor) -> None:
         """Raises UserError, before anything is learned from it, if a loss or gradient is NaN or infinite."""
@@ -209,13 +218,12 @@ class Algorithm(L.LightningModule):
         """
         if not gradient_clip_val:
             return
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if self.scales_gradients and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise UserError(
                 "trainer.gradient_clip_val with trainer.precision=16-mixed needs optimizer.fused=false: a fused "
                 "optimiser gets gradients that are still scaled. bf16-mixed has no scale"
             )
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = with_gradients(optimizer)
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif self._gradient_norm > gradient_clip_val:  # measured right before, which need not be done twice
@@ -272,7 +280,7 @@ class Algorithm(L.LightningModule):
     @property
     def decode_dtype(self) -> torch.dtype:
         """Of the weights that complete prompts."""
-        return torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else torch.float32
+        return decode_dtype(str(self.trainer.precision))
 
     def run_validation(self) -> None:
         """Runs the validation loop from within the fit, where the fit loop itself does not."""

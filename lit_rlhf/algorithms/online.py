@@ -415,15 +415,15 @@ class OnlineAlgorithm(Algorithm):
     def update_kl(self) -> float:
         """KL(rollout policy || policy) over the iteration's tokens, in nats per token: how far the updates went."""
         experience, total, count = self.loader.experience, 0.0, 0.0
-        for start in range(0, len(experience), self.minibatch_size):
-            batch = experience[start : start + self.minibatch_size][rank() :: world_size()].to(self.device)
-            mask = batch.response_mask
-            with self.autocast():
+        with self.autocast_for_many():
+            for start in range(0, len(experience), self.minibatch_size):
+                batch = experience[start : start + self.minibatch_size][rank() :: world_size()].to(self.device)
+                mask = batch.response_mask
                 tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, mask)
                 output = self.policy(*tokens, temperature=self.temperature)
-            # The tokens are the old policy's: k3 estimates its KL to the new one.
-            kl = kl_estimate(zero_masked(batch.logprobs, mask), zero_masked(output.logprobs, mask), "k3")
-            total, count = total + float(kl.sum()), count + float(mask.sum())
+                # The tokens are the old policy's: k3 estimates its KL to the new one.
+                kl = kl_estimate(zero_masked(batch.logprobs, mask), zero_masked(output.logprobs, mask), "k3")
+                total, count = total + float(kl.sum()), count + float(mask.sum())
         totals, counts = zip(*gather((total, count)), strict=True)
         return sum(totals) / sum(counts)
 

@@ -1,11 +1,8 @@
 """How long operations take on a machine: bound by arithmetic, by memory, or by what starting them costs."""
 
-import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.estimation.shapes import Operation, Shape, Trace
-from lit_rlhf.machine import best_precision, keep_freed_memory
+from lit_rlhf.machine import best_precision, keep_freed_memory, memory_size, resident_memory_gb
 from lit_rlhf.models.policy import Policy
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -70,8 +67,11 @@ class Machine:
 
     def seconds(self, trace: Trace) -> float:
         """The time of all operations of a trace."""
-        run = sum(count * self.operation(operation) for operation, count in trace.operations)
-        return max(run, trace.calls * self.start * 1e-6)
+        return max(self.alone(trace), trace.calls * self.start * 1e-6)
+
+    def alone(self, trace: Trace) -> float:
+        """The time of all operations of a trace, without what starting them costs."""
+        return sum(count * self.operation(operation) for operation, count in trace.operations)
 
     def operation(self, operation: Operation) -> float:
         """The time of one operation, in seconds."""
@@ -100,12 +100,12 @@ class ThisMachine(Machine):
     def __init__(self, *, devices: int = 1) -> None:
         keep_freed_memory()
         self._timed: dict[str, float] = {}
-        reserved, memory = _resident(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        reserved = resident_memory_gb()
         large = torch.zeros(2**26)
         super().__init__(
             name=f"this CPU ({torch.get_num_threads()} threads)",
             devices=devices,
-            memory=memory / devices,
+            memory=memory_size() / 1e9 / devices,
             bandwidth=2 * large.nbytes / _seconds(lambda: large.clone()) / 1e9,
             fp32=_product_rate(torch.float32) / 1e12,
             bf16=_product_rate(torch.bfloat16) / 1e12,
@@ -118,8 +118,7 @@ class ThisMachine(Machine):
         return best_precision()
 
     def seconds(self, trace: Trace) -> float:
-        run = sum(count * self.operation(operation) for operation, count in trace.operations)
-        return run + trace.calls * self.start * 1e-6
+        return self.alone(trace) + trace.calls * self.start * 1e-6
 
     def operation(self, operation: Operation) -> float:
         if operation.flops > _MOST_FLOPS or operation.moved > _MOST_BYTES:
@@ -146,8 +145,7 @@ class ThisMachine(Machine):
 
         with Trace() as trace:
             step()
-        alone = sum(count * self.operation(operation) for operation, count in trace.operations)
-        return max(0.0, _seconds(step) - alone) / trace.calls
+        return max(0.0, _seconds(step) - self.alone(trace)) / trace.calls
 
 
 def _product_rate(dtype: torch.dtype) -> float:
@@ -191,12 +189,3 @@ def _zeros(shape: Shape) -> Tensor:
     span = 1 + sum((size - 1) * stride for size, stride in zip(shape.size, shape.stride, strict=True))
     fill = torch.ones if shape.dtype == torch.bool else torch.zeros
     return fill(max(span, 0) if all(shape.size) else 0, dtype=shape.dtype).as_strided(shape.size, shape.stride)
-
-
-def _resident() -> float:
-    """The memory that this process holds now, in 1e9 bytes; 0 where the system does not say."""
-    try:
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return 0.0
-    return int(found[1]) * 1024 / 1e9 if found else 0.0

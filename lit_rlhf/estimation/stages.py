@@ -29,12 +29,13 @@ from lit_rlhf.algorithms.trpo import _Part
 from lit_rlhf.batch import CompletionBatch, Experience
 from lit_rlhf.errors import UserError
 from lit_rlhf.estimation.shapes import Trace, size_of
+from lit_rlhf.machine import decode_dtype
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import FrozenCopy
 from lit_rlhf.rewards.group import RewardGroup
 from lit_rlhf.rewards.model import ModelReward
 from lit_rlhf.rollout.loader import PROCESSES, exact_div
-from lit_rlhf.rollout.sampler import position_ids
+from lit_rlhf.rollout.sampler import next_logits, position_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,15 @@ class Layout:
         return contextlib.nullcontext() if self.half is None else torch.autocast("cpu", self.half)
 
     @property
+    def sharded(self) -> bool:
+        return self.strategy == "FSDP2"
+
+    @property
+    def parts(self) -> int:
+        """Devices that share weights, gradients and the optimiser's state."""
+        return self.world if self.sharded else 1
+
+    @property
     def frees_gradients(self) -> bool:
         """Whether no gradients lie beside the activations of a forward pass."""
         return self.micro_batches == 1
@@ -71,7 +81,7 @@ class Layout:
 
     def gathered(self, *networks: nn.Module) -> float:
         """Bytes sent to put sharded weights together once; 0 where they are whole."""
-        return self.around(sum(map(size_of, networks))) if self.strategy == "FSDP2" else 0.0
+        return self.around(sum(map(size_of, networks))) if self.sharded else 0.0
 
 
 @dataclass(kw_only=True)
@@ -131,13 +141,13 @@ def _rollout(algorithm: OnlineAlgorithm, layout: Layout, rows: int) -> Iterator[
     policy, sampler = algorithm.policy, algorithm.sampler
     chunk = min(sampler.chunk_size or rows, rows)
     chunks = -(-rows // chunk)
-    dtype = torch.bfloat16 if layout.precision.startswith("bf16") else torch.float32
-    if layout.strategy == "FSDP2" and not policy.sharded:
+    dtype = decode_dtype(layout.precision)
+    if layout.sharded and not policy.sharded:
         object.__setattr__(policy, "_decoder", policy._copy(dtype))  # as ``Policy.shard`` keeps one in any precision
     policy.decoder(dtype)  # the first call makes the copy
     with Trace() as copy:
         model = policy.decoder(dtype)
-    freed = 0 if policy._decoder is None or layout.strategy == "FSDP2" else _freed(policy)
+    freed = 0 if policy._decoder is None or layout.sharded else _freed(policy)
     policy.decoder(dtype)
     yield _stage("1 rollout: copy", copy, sent=layout.gathered(policy), **{"decode copy": freed})
     model.eval()
@@ -145,11 +155,7 @@ def _rollout(algorithm: OnlineAlgorithm, layout: Layout, rows: int) -> Iterator[
 
     def decode(ids: Tensor, cache: DynamicCache, length: int) -> None:
         mask = torch.ones(len(ids), length, dtype=torch.long)
-        positions = position_ids(mask)[:, -ids.shape[1] :]
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=torch.tensor([ids.shape[1] - 1]),
-        ).logits[:, -1]  # fmt: skip
+        logits = next_logits(model, ids, mask, position_ids(mask)[:, -ids.shape[1] :], cache)
         sampler._pick(logits, torch.zeros(len(ids)))
 
     middle = whole - layout.response // 2
@@ -319,12 +325,11 @@ def _backward(algorithm: Algorithm, layout: Layout, loss: Any, steps: int) -> St
         # Gradients take the place of activations as they come.
         memory = {"activations": trace.activations, "logits": trace.logits}
         value.backward()
-    part = layout.world if layout.strategy == "FSDP2" else 1  # of the gradients that a device keeps
-    after = trace.activations + trace.logits - trained + (trained / part if layout.frees_gradients else 0)
+    after = trace.activations + trace.logits - trained + (trained / layout.parts if layout.frees_gradients else 0)
     if after > sum(memory.values()):
         memory = {"activations": after - trace.logits, "logits": trace.logits}
     networks = list(algorithm.children())
-    sent = 2 * layout.gathered(*networks) + (layout.around(trained) if layout.strategy == "FSDP2" else 0.0)
+    sent = 2 * layout.gathered(*networks) + (layout.around(trained) if layout.sharded else 0.0)
     count = steps * layout.micro_batches
     return Stage(name="7 forward, backward", trace=trace, count=count, memory=memory, sent=sent)
 
@@ -350,14 +355,11 @@ def _optimizer(algorithm: Algorithm, layout: Layout, steps: int, clips: bool) ->
         if clips:
             clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    part = layout.world if layout.strategy == "FSDP2" else 1
     state = sum(size_of(x) for kept in optimizer.state.values() for x in kept.values() if isinstance(x, Tensor))
     sent = 2 * layout.around(sum(map(size_of, parameters))) if layout.strategy == "DDP" else 0.0
-    stage = _stage("8 step", trace, steps / part, sent * part)
-    stage.memory = {name: size / part for name, size in stage.memory.items()}
-    stage.memory["optimiser"] = state / part
-    if layout.frees_gradients:
-        stage.memory["gradients"] = sum(map(size_of, parameters)) / part
+    more = {"gradients": sum(map(size_of, parameters))} if layout.frees_gradients else {}
+    stage = _stage("8 step", trace, steps / layout.parts, sent * layout.parts, optimiser=state, **more)
+    stage.memory = {name: size / layout.parts for name, size in stage.memory.items()}
     return stage
 
 

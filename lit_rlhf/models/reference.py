@@ -62,10 +62,13 @@ class FrozenCopy:
             return
         base = self._policy.base
         kept = {*(base._keep_in_fp32_modules or ()), *(base._keep_in_fp32_modules_strict or ())}
-        modules = dict(base.named_modules())
-        linear = {n: m for n, m in modules.items() if type(m) is nn.Linear and not kept & set(n.split("."))}
-        others = {id(p) for n, m in modules.items() if n not in linear for p in m.parameters(recurse=False)}
-        for parameter in (p for module in linear.values() for p in module.parameters(recurse=False)):
+        others = {
+            id(parameter)
+            for name, module in base.named_modules()
+            if type(module) is not nn.Linear or kept & set(name.split("."))
+            for parameter in module.parameters(recurse=False)
+        }
+        for parameter in base.parameters():
             if id(parameter) not in others:
                 parameter.data = parameter.data.to(cast or self._dtype)
 

@@ -124,27 +124,15 @@ class Sampler:
 
         rows = torch.arange(batch, device=device)  # which completion each row of the shrinking batch writes to
         cache = DynamicCache(config=model.config)
-        step_ids, positions = ids, position_ids(mask)
-        # As a tensor: a number makes transformers take a slice, and a product of a strided slice with the head copies
-        # the head for every row (1.8 GB at 32 rows of SmolLM2).
-        last = torch.tensor([ids.shape[1] - 1], device=device)
-        first, prompt_of = _runs(ids, mask)
+        positions = position_ids(mask)
+        first, prompt_of = _runs(ids, mask)  # a prompt that follows itself, as in a group, is computed once
+        with torch.inference_mode():  # the model alone: what is written to below is made outside, for training uses it
+            logits = next_logits(model, ids[first], mask[first], positions[first], cache)
+        if len(first) < batch:
+            logits = logits[prompt_of]
+            cache.batch_select_indices(prompt_of)
         for step in range(steps):
-            # A prompt that follows itself, as in a group, is computed once.
-            once = slice(None) if step or len(first) == batch else first
-            with torch.inference_mode():  # what is written to below is made outside: training may use it
-                logits = model(
-                    input_ids=step_ids[once],
-                    attention_mask=mask[once],
-                    position_ids=positions[once],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=last,
-                ).logits[:, -1]
-                if once is first:
-                    logits = logits[prompt_of]
-                    cache.batch_select_indices(prompt_of)
-                token, logprob = self._pick(logits, uniforms[rows, step])
+            token, logprob = self._pick(logits, uniforms[rows, step])
             going = ~finished[rows]
             tokens[rows, step] = torch.where(going, token, pad_id)
             logprobs[rows, step] = torch.where(going, logprob, 0.0)
@@ -160,8 +148,9 @@ class Sampler:
                 cache.batch_select_indices(keep)
                 rows, mask, positions, token = rows[keep], mask[keep], positions[keep], token[keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            step_ids, positions = token.unsqueeze(-1), positions[:, -1:] + 1
-            last = torch.zeros_like(last)
+            positions = positions[:, -1:] + 1
+            with torch.inference_mode():
+                logits = next_logits(model, token.unsqueeze(-1), mask, positions, cache)
         width = max(1, int(counts.any(0).sum()))
         return Rollout(
             prompt_ids=ids,
@@ -198,6 +187,20 @@ class Sampler:
             beyond = probabilities.cumsum(-1) - probabilities >= self.top_p  # the first token always stays
             logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
         return logits
+
+
+def next_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    """Logits (B, V) of the token after ``ids`` (B, T), whose keys and values go to the cache of those before them.
+
+    ``mask`` is that of all tokens so far, ``positions`` (B, T) are those of ``ids``.
+    """
+    # As a tensor: a number makes transformers take a slice, and a product of a strided slice with the head copies the
+    # head for every row (1.8 GB at 32 rows of SmolLM2).
+    last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+    return model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=last,
+    ).logits[:, -1]  # fmt: skip
 
 
 def _runs(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

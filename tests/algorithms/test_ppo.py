@@ -93,9 +93,7 @@ def test_temperature_enters_logprobs_and_entropy_but_not_values():
     critic = ValueHead(policy)
     torch.nn.init.normal_(critic.head.weight)
     rollout = rollout_of(policy, temperature=0.7)
-    cool, warm = (
-        policy(*tokens_of(rollout), temperature=t, entropy=True) for t in (0.7, 1.0)
-    )
+    cool, warm = (policy(*tokens_of(rollout), temperature=t, entropy=True) for t in (0.7, 1.0))
     mask = rollout.response_mask
     torch.testing.assert_close(cool.logprobs[mask], rollout.logprobs[mask], atol=1e-5, rtol=1e-5)
     row = 2

@@ -10,10 +10,7 @@ by ``lit-rlhf fetch smollm2``. Each prediction and each run is a process of its 
 import argparse
 import csv
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from lit_rlhf.models.sources import resolve_model
+from tests.benchmarks.host import run_module
 
+THREADS = torch.get_num_threads()
 SHAPE = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
@@ -71,26 +70,17 @@ def save_reward_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def run(*arguments: str, cwd: Path) -> str:
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "lit_rlhf", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    return done.stdout
-
-
 def predict(name: str, cwd: Path) -> dict[str, Any]:
     overrides, length = WORKLOADS[name]
-    return json.loads(run("estimate", *overrides, f"prompt_length={length}", "format=json", cwd=cwd))
+    arguments = ("estimate", *overrides, f"prompt_length={length}", "format=json")
+    return json.loads(run_module("lit_rlhf", *arguments, threads=THREADS, cwd=cwd))
 
 
 def measure(name: str, cwd: Path, iterations: int) -> dict[str, Any]:
     overrides, length = WORKLOADS[name]
     data = ["data._target_=tests.benchmarks.estimate.RandomPrompts", f"data.length={length}"]
     settings = ["logger=csv", f"trainer.max_epochs={iterations + 1}", f"paths.output_dir={name}"]
-    run("train", *overrides, *data, *settings, cwd=cwd)
+    run_module("lit_rlhf", "train", *overrides, *data, *settings, threads=THREADS, cwd=cwd)
     with open(cwd / name / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("time/iteration")][1:]
     times = {key: [float(row[key]) for row in rows] for key in rows[0] if key.startswith("time/")}

@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -57,7 +57,7 @@ from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.algorithms.rewarded import RewardedBatch
 from lit_rlhf.baseline import NoBaseline, ValueBaseline
 from lit_rlhf.clip import AdaptiveKLPenalty, SymmetricClip
-from lit_rlhf.exact import ExactProblem, letters_policy, table_reward
+from lit_rlhf.exact import Distance, ExactProblem, letters_policy, table_reward
 from lit_rlhf.kl import FixedKL, NoKL
 from lit_rlhf.models.critic import SeparateCritic
 from lit_rlhf.models.guided import GuidedModel, smallest
@@ -72,8 +72,7 @@ from .preference_goals import Loss, cdpo_loss, ipo_loss, kto_loss, kto_target, m
 PROMPTS = ("ab", "ba", "cd", "eab")
 BETA = 0.5
 STEPS = 3
-BOUND = 0.05  # of every regret but KTO's
-KTO_BOUND = 0.1
+BOUND = 0.05  # of a regret
 
 
 @dataclass
@@ -109,24 +108,28 @@ class Solver:
             is KL(target || policy) as a share of KL(target || reference).
         loss: smallest at the target; where it is given, its excess over that as a share of the reference's is the
             regret instead.
+        bound: of the regret.
     """
 
     run: Callable[[World, int], Found]
     target: Callable[[ExactProblem], Tensor] | None = None
     loss: Loss | None = None
+    bound: float = BOUND
 
-    def regret(self, problem: ExactProblem, logprobs: Tensor) -> float:
+    def measure(self, problem: ExactProblem, logprobs: Tensor) -> Distance:
+        """The distance of a policy (X, Y) from the target, its regret in terms of this algorithm's goal."""
         if self.target is None:
-            return problem.measure(logprobs).regret
+            return problem.measure(logprobs)
         target = self.target(problem)
         if self.loss is not None:
             least, first, found = (self.loss(problem, x) for x in (target, problem.reference, logprobs))
-            return float((found - least) / (first - least))
-        left, at_first = (
-            torch.where(target > -torch.inf, target.exp() * (target - x), 0).sum()
-            for x in (logprobs, problem.reference)
-        )
-        return float(left / at_first)
+        else:
+            least = 0.0
+            first, found = (
+                torch.where(target > -torch.inf, target.exp() * (target - x), 0).sum()
+                for x in (problem.reference, logprobs)
+            )
+        return replace(problem.measure(logprobs, target), regret=float((found - least) / (first - least)))
 
 
 def make_world(seed: int) -> World:
@@ -258,7 +261,7 @@ def kto(*, completions: int, batch_size: int, epochs: int, lr: float) -> Solver:
         fit(module, numbered(completions, batch_size), max_epochs=epochs)
         return policy_found(world)
 
-    return Solver(run, functools.partial(kto_target, beta=BETA), functools.partial(kto_loss, beta=BETA))
+    return Solver(run, functools.partial(kto_target, beta=BETA), functools.partial(kto_loss, beta=BETA), bound=0.1)
 
 
 def drawn_completions(problem: ExactProblem, count: int, generator: torch.Generator) -> Tensor:
@@ -473,14 +476,11 @@ class Result:
 class Row:
     name: str
     results: list[Result] = field(default_factory=list)
+    bound: float = BOUND
 
     @property
     def worst(self) -> float:
         return max(result.regret for result in self.results)
-
-    @property
-    def bound(self) -> float:
-        return KTO_BOUND if self.name == "kto" else BOUND
 
     @property
     def over(self) -> bool:
@@ -515,10 +515,8 @@ def solve(name: str, seed: int) -> Result:
     start = time.process_time()
     found = solver.run(world, seed)
     seconds = time.process_time() - start
-    target = None if solver.target is None else solver.target(world.problem)
-    distance = world.problem.measure(found.logprobs, target)
-    regret = solver.regret(world.problem, found.logprobs)
-    return Result(regret, distance.kl, distance.total_variation, seconds, found.errors)
+    distance = solver.measure(world.problem, found.logprobs)
+    return Result(distance.regret, distance.kl, distance.total_variation, seconds, found.errors)
 
 
 def prepare() -> None:
@@ -541,7 +539,7 @@ def main() -> int:
         "CPU seconds of the slowest seed"
     )
     print(HEADER, flush=True)
-    rows = [Row(name) for name in arguments.algorithms or SOLVERS]
+    rows = [Row(name, bound=SOLVERS[name].bound) for name in arguments.algorithms or SOLVERS]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), initializer=prepare) as pool:
         runs = [(row, [pool.submit(solve, row.name, seed) for seed in range(arguments.seeds)]) for row in rows]
         for row, results in runs:

@@ -62,7 +62,7 @@ def passes(settings: Settings, low: torch.dtype, *, critic: bool, reward: bool) 
 
 def measure_floor(algorithm: OnlineAlgorithm, settings: Settings) -> dict[str, Any]:
     """Seconds and floating-point operations of an iteration's matrix products, by stage."""
-    low = torch.bfloat16 if str(algorithm.trainer.precision).startswith("bf16") else torch.float32
+    low = algorithm.decode_dtype
     scorer = getattr(algorithm.reward, "scorer", None)
     backbone = getattr(algorithm.critic, "backbone", None)
     base = algorithm.policy.base

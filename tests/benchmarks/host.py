@@ -36,14 +36,14 @@ def environment(threads: int, *folders: str | Path) -> dict[str, str]:
     return {**os.environ, **offline, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 
 
-def run_module(module: str, *arguments: str, threads: int = 1) -> str:
-    """What ``python -m MODULE ARGUMENTS`` prints.
+def run_module(module: str, *arguments: str, threads: int = 1, cwd: Path | None = None) -> str:
+    """What ``python -m MODULE ARGUMENTS`` prints, run in the folder ``cwd``.
 
     Raises:
         RuntimeError: it failed; with the end of what it said.
     """
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, env=environment(threads), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=environment(threads), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     return done.stdout

@@ -13,7 +13,13 @@ from hydra import compose, initialize_config_dir
 
 from lit_rlhf.batch import PromptBatch
 from lit_rlhf.config import CONFIG_DIR
-from lit_rlhf.machine import best_precision, keep_freed_memory, peak_memory_gb, reset_peak_memory
+from lit_rlhf.machine import (
+    best_precision,
+    decode_dtype,
+    keep_freed_memory,
+    peak_memory_gb,
+    reset_peak_memory,
+)
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.overrides import replace_parts
 from lit_rlhf.rollout.sampler import Sampler
@@ -136,7 +142,7 @@ def rollout(settings: Settings, materials: Materials, gate: Gate) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy.to(device)
     precision = best_precision() if settings.precision == "auto" else settings.precision
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    dtype = decode_dtype(precision)
     eos, pad = policy.base.config.eos_token_id, policy.tokenizer.pad_token_id
     lengths = stop_lengths(settings.completions, settings.response_length)
     rows = countdown_prompts(lengths, longest=settings.prompt_length, eos=eos, vocabulary=policy.vocabulary)

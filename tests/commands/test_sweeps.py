@@ -2,10 +2,11 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from classifiers import save_classifier
 from command_line import ROOT, TINY, Result, run_here, write_module, write_ratings
@@ -217,16 +218,11 @@ def test_a_multirun_leaves_those_in_folders_below_it_alone(folder):
 
 
 def test_jobs_in_parallel_share_the_threads(module, folder, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        result = sweep(
-            "kl.coef=0.1,-1", "seed=0,1", "reward=function", f"reward.function={module}.threads",
-            "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
-        )  # fmt: skip
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    result = sweep(
+        "kl.coef=0.1,-1", "seed=0,1", "reward=function", f"reward.function={module}.threads",
+        "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+    )  # fmt: skip
     assert result.code == 1
     assert "2 of 4 jobs failed" in result.err
     assert "3 (kl.coef=-1 seed=1): kl.coef must be" in result.err
@@ -374,3 +370,8 @@ def test_the_comparison_of_algorithms_has_every_online_one():
     compared = yaml.safe_load((ROOT / "sweeps" / "algorithms.yaml").read_text())["parameters"]["algorithm"]["values"]
     online = [p.stem for p in (CONFIG_DIR / "algorithm").glob("*.yaml") if "/sampler:" in p.read_text()]
     assert sorted(compared) == sorted(online)
+
+
+def test_what_starts_the_jobs_of_a_multirun_imports_no_torch():
+    code = "import sys, lit_rlhf.train_command, lit_rlhf.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
