@@ -163,7 +163,7 @@ def shapes_only(*, cpu: bool) -> Iterator[None]:
     for owner, name, own in replacements:
         setattr(owner, name, own)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _Copies():
+        with FakeTensorMode(allow_non_fake_inputs=True), _Copies(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for (owner, name, _), before in zip(replacements, plain, strict=True):

@@ -24,6 +24,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import entropy_from_logits, selective_logprobs
 from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.guided import GUIDANCE_FILE, GuidedModel, load_guidance
+from lit_rlhf.models.layers import layers_of
 from lit_rlhf.models.sources import not_loaded, resolve_model
 from lit_rlhf.rollout.sampler import position_ids
 
@@ -54,6 +55,8 @@ class Policy(nn.Module):
         lora: keyword arguments of ``peft.LoraConfig`` (``r``, ``lora_alpha``, ``target_modules``, ...); None trains all
             weights. The adapter starts at zero, so the first policy equals the model.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        compile: let torch.compile fuse what lies between the matrix products of a layer, in training and in stage 3,
+            not in decoding. Costs some tens of seconds at the start and needs a C++ compiler.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Policy(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         tokenizer.padding_side = "left"
@@ -87,6 +91,9 @@ class Policy(nn.Module):
         self.model = model
         object.__setattr__(self, "_decoder", None)
         self.sharded = False
+        self.compiled = compile
+        if compile:
+            compile_layers(self.base)
 
     @classmethod
     def from_pretrained(
@@ -96,6 +103,7 @@ class Policy(nn.Module):
         lora: dict[str, Any] | None = None,
         attention: str | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
     ) -> "Policy":
         """Loads a policy by hub name, by folder, or by a short name such as ``smollm2`` (see ``lit-rlhf fetch``).
 
@@ -126,7 +134,8 @@ class Policy(nn.Module):
                 "policy.gradient_checkpointing=false; to go on from its language model alone, copy the folder without "
                 f"{GUIDANCE_FILE}"
             )
-        return cls(model=model, tokenizer=tokenizer, lora=lora, gradient_checkpointing=gradient_checkpointing)
+        settings = {"gradient_checkpointing": gradient_checkpointing, "compile": compile}
+        return cls(model=model, tokenizer=tokenizer, lora=lora, **settings)
 
     @classmethod
     def from_config(
@@ -135,6 +144,7 @@ class Policy(nn.Module):
         tokenizer: str,
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         model_type: str = "llama",
         **config: Any,
     ) -> "Policy":
@@ -162,7 +172,8 @@ class Policy(nn.Module):
             raise UserError(f"a model of policy.model_type={model_type} does not read {', '.join(unread)}")
         model = AutoModelForCausalLM.from_config(model_config)
         use_fitting_attention(model)
-        return cls(model=model, tokenizer=made, lora=lora, gradient_checkpointing=gradient_checkpointing)
+        settings = {"gradient_checkpointing": gradient_checkpointing, "compile": compile}
+        return cls(model=model, tokenizer=made, lora=lora, **settings)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -317,7 +328,33 @@ class Policy(nn.Module):
         clone.tokenizer = self.tokenizer
         clone._decoder = None
         clone.sharded = False
+        clone.compiled = self.compiled
+        if self.compiled:  # which a copy is not: the reference is to compute what the policy does, to the last bit
+            compile_layers(clone.base)
         return clone
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compiles every layer of a model; they share their code, for any number of rows and tokens.
+
+    A version is made with and without each of: gradients, padding, the adapter, Lightning's validation.
+
+    Raises:
+        UserError: there is no compiler for CPUs, or the model's class names no layers.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler  # here: few need them
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    if not torch.cuda.is_available():
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise UserError("policy.compile=true needs a C++ compiler, such as g++ or what CXX names") from error
+    if not layers_of(model):
+        raise UserError(f"policy.compile=true: {type(model).__name__} does not say what its layers are")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)  # 8, then nothing is compiled
+    for layer in layers_of(model):
+        layer.compile(dynamic=True)
 
 
 def _require_plain_lora(model: PeftModel, lora: dict[str, Any]) -> None:

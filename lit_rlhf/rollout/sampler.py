@@ -70,6 +70,7 @@ class Sampler:
             raise UserError("sampler.temperature=0 is greedy: every rollout of a prompt is the same; only evaluate so")
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # layers are compiled for training: each token would compile them anew
     def generate(
         self,
         model: PreTrainedModel,

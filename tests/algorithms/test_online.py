@@ -388,6 +388,28 @@ def test_gradient_checkpointing_is_active_and_changes_nothing(trainer):
     torch.testing.assert_close(weights(True), weights(False), atol=1e-5, rtol=1e-4)
 
 
+def test_compiled_layers_change_nothing_but_rounding(trainer):
+    compiled = torch._dynamo.utils.counters["stats"]
+
+    def weights(compile):
+        policy = Policy(model=tiny_model(), tokenizer=byte_tokenizer(), compile=compile)
+        watch = fit(trainer, make(policy, lr=0.05), max_epochs=1)
+        assert watch.rows[0]["objective/kl"] == 0.0  # the reference is compiled, too
+        return torch.cat([p.flatten() for p in policy.parameters()])
+
+    before = compiled["unique_graphs"]
+    plain = weights(False)
+    assert compiled["unique_graphs"] == before
+    torch.testing.assert_close(weights(True), plain, atol=1e-5, rtol=1e-4)
+    assert compiled["unique_graphs"] > before
+
+
+def test_without_a_compiler_policy_compile_is_refused():
+    settings = {"cpp.cxx": ("no-such-compiler",)}
+    with torch._inductor.config.patch(settings), pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+        Policy(model=tiny_model(), tokenizer=byte_tokenizer(), compile=True)
+
+
 def test_every_logged_name_is_in_the_metrics_table(trainer):
     ppo = make(gold=letters, kl=AdaptiveKL(init_coef=0.1, target=1.0, horizon=100))
     watch = fit(trainer, ppo, data=Prompts(validation=True))
