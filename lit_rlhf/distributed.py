@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.layers import layers_of
 from lit_rlhf.quiet import quiet
 
 T = TypeVar("T")
@@ -144,10 +145,8 @@ def shard(model: nn.Module, mesh: Any) -> None:
     """
     if isinstance(model, FSDPModule):
         return
-    layers = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    for module in list(model.modules()):
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
     # By default the outermost weights would stay whole after a forward pass, also one that no backward pass follows.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 

@@ -20,6 +20,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.estimation.roofline import Machine, ThisMachine
 from lit_rlhf.estimation.shapes import shapes_only, size_of
 from lit_rlhf.estimation.stages import Layout, Stage, frozen_reference, leaves, offline_stages, online_stages
+from lit_rlhf.layers import layers_of
 from lit_rlhf.models.reference import cast_dtype
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rewards.http import JsonClient
@@ -206,8 +207,7 @@ def _held(algorithm: Algorithm, layout: Layout, stages: list[Stage]) -> dict[str
 
 def _together(network: nn.Module) -> int:
     """Bytes of the weights that ``shard`` lets be whole at a time: this layer's, the next one's, and the outermost."""
-    names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    layers = [size_of(module) for module in network.modules() if type(module).__name__ in names]
+    layers = [size_of(layer) for layer in layers_of(network)]
     return size_of(network) - sum(layers) + 2 * max(layers, default=0)
 
 

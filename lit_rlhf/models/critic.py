@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from lit_rlhf.distributed import rank, whole
 from lit_rlhf.errors import UserError
+from lit_rlhf.layers import compile_layers
 from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.policy import Policy, PolicyOutput
 from lit_rlhf.models.sources import not_loaded, resolve_model
@@ -87,6 +88,8 @@ class SeparateCritic(nn.Module):
                 self.head.weight.copy_(model.score.weight)
         if init != "policy":  # whose attention somebody may have named
             use_fitting_attention(self.backbone)
+        if policy.compiled:
+            compile_layers(self.backbone)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
 

@@ -22,9 +22,9 @@ from lit_rlhf.checks import check_int
 from lit_rlhf.distributed import rank, shard, whole
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import entropy_from_logits, selective_logprobs
+from lit_rlhf.layers import compile_layers
 from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.guided import GUIDANCE_FILE, GuidedModel, load_guidance
-from lit_rlhf.models.layers import layers_of
 from lit_rlhf.models.sources import not_loaded, resolve_model
 from lit_rlhf.rollout.sampler import position_ids
 
@@ -56,7 +56,8 @@ class Policy(nn.Module):
             weights. The adapter starts at zero, so the first policy equals the model.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         compile: let torch.compile fuse what lies between the matrix products of a layer, in training and in stage 3,
-            not in decoding. Costs some tens of seconds at the start and needs a C++ compiler.
+            not in decoding; of the reference and a separate critic, too. Costs some tens of seconds at the start and
+            needs a C++ compiler.
     """
 
     def __init__(
@@ -332,29 +333,6 @@ class Policy(nn.Module):
         if self.compiled:  # which a copy is not: the reference is to compute what the policy does, to the last bit
             compile_layers(clone.base)
         return clone
-
-
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles every layer of a model; they share their code, for any number of rows and tokens.
-
-    A version is made with and without each of: gradients, padding, the adapter, Lightning's validation.
-
-    Raises:
-        UserError: there is no compiler for CPUs, or the model's class names no layers.
-    """
-    from torch._inductor.cpp_builder import get_cpp_compiler  # here: few need them
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    if not torch.cuda.is_available():
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler as error:
-            raise UserError("policy.compile=true needs a C++ compiler, such as g++ or what CXX names") from error
-    if not layers_of(model):
-        raise UserError(f"policy.compile=true: {type(model).__name__} does not say what its layers are")
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)  # 8, then nothing is compiled
-    for layer in layers_of(model):
-        layer.compile(dynamic=True)
 
 
 def _require_plain_lora(model: PeftModel, lora: dict[str, Any]) -> None:
