@@ -104,6 +104,14 @@ _HOME = {
     "build_report": "report",
     # how far a policy is from the best possible one
     "ExactProblem": "exact",
+    # what says whether a policy became better
+    "DistinctN": "evaluation",
+    "EmptyRate": "evaluation",
+    "PairAccuracy": "evaluation",
+    "PassAtK": "evaluation",
+    "RefusalRate": "evaluation",
+    "SelfBLEU": "evaluation",
+    "WinRate": "evaluation",
     # what a run takes before it starts
     "Machine": "estimation",
     "ThisMachine": "estimation",

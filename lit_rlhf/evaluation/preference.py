@@ -1,0 +1,125 @@
+"""Who is preferred: one policy to another, and the chosen text of a pair to the rejected one."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_calibration_error
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.evaluation.statistics import Interval, bootstrap
+
+_RIDGE = 1e-2  # of the regression's coefficients: without it they grow for ever where one side always wins
+
+
+class WinRates(NamedTuple):
+    """Shares of prompts on which a policy is preferred, a tie counting half; with 95 % intervals over prompts.
+
+    Attributes:
+        plain: as they came.
+        length_controlled: what it would be if both answered at the same length.
+    """
+
+    plain: Interval
+    length_controlled: Interval
+
+
+class WinRate(Metric):
+    """How often one policy's completion scores higher than another's of the same prompt.
+
+    The length-controlled rate (Dubois et al. 2024, arXiv:2404.04475) is sigmoid(a) of the logistic regression
+    P(win) = sigmoid(a + b tanh(d / s)), d the difference in length and s its standard deviation: what is left of the
+    preference at d = 0. Intervals are bootstrapped over prompts.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    wins: list[Tensor]
+    longer: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("wins", default=[], dist_reduce_fx="cat")
+        self.add_state("longer", default=[], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor, other_scores: Tensor, lengths: Tensor, other_lengths: Tensor) -> None:
+        """Scores (B,) and lengths (B,) of the policy's completions, and of the other's of the same prompts.
+
+        Raises:
+            UserError: the shapes differ, or a score is not finite.
+        """
+        shapes = {tuple(x.shape) for x in (scores, other_scores, lengths, other_lengths)}
+        if len(shapes) != 1 or scores.ndim != 1:
+            raise UserError(f"a win rate is of scores and lengths (B,), all of the same B, got {sorted(shapes)}")
+        if not (scores.isfinite().all() and other_scores.isfinite().all()):
+            raise UserError("a win rate is of finite scores")
+        self.wins.append(((scores > other_scores).double() + (scores >= other_scores).double()) / 2)
+        self.longer.append((lengths - other_lengths).double())
+
+    def compute(self) -> WinRates:
+        wins, longer = (x if isinstance(x, Tensor) else torch.cat(x) for x in (self.wins, self.longer))
+        rows = torch.stack([wins, longer], dim=1).cpu()
+        return WinRates(bootstrap(rows[:, 0]), bootstrap(rows, _length_controlled, resamples=500))
+
+
+def _length_controlled(rows: Tensor) -> Tensor:
+    """sigmoid(a), by Newton's method on the regression of wins (N,) on lengths (N,), the columns of ``rows``."""
+    wins, longer = rows.unbind(1)
+    spread = longer.std(correction=0)
+    inputs = torch.stack([torch.ones_like(wins), torch.tanh(longer / spread) if spread else longer * 0], dim=1)
+    weights = torch.zeros(2, dtype=rows.dtype)
+    for _ in range(30):
+        shares = torch.sigmoid(inputs @ weights)
+        slope = inputs.T @ (shares - wins) + _RIDGE * weights
+        curve = (inputs * (shares * (1 - shares))[:, None]).T @ inputs + _RIDGE * torch.eye(2, dtype=rows.dtype)
+        step = torch.linalg.solve(curve, slope)
+        weights = weights - step * min(1.0, float(2 / step.abs().max().clamp(min=1e-12)))  # else it can overshoot
+    return torch.sigmoid(weights[0])
+
+
+class PairScores(NamedTuple):
+    """What a reward model says about pairs.
+
+    Attributes:
+        accuracy: share of pairs whose chosen text scores higher, a tie counting half; with its 95 % interval.
+        calibration_error: mean |confidence - accuracy| over ten bins of confidence, in [0, 1].
+        loss: mean -log sigmoid(chosen - rejected), nats.
+    """
+
+    accuracy: Interval
+    calibration_error: float
+    loss: float
+
+
+class PairAccuracy(Metric):
+    """Accuracy and calibration of scores on pairs, of which a Bradley-Terry model says P(chosen) = sigmoid(margin).
+
+    The expected calibration error (Guo et al. 2017, arXiv:1706.04599) is torchmetrics', of pairs in both orders: which
+    text stands first says nothing.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    margins: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("margins", default=[], dist_reduce_fx="cat")
+
+    def update(self, chosen: Tensor, rejected: Tensor) -> None:
+        """Scores (B,) of the chosen and of the rejected texts."""
+        if chosen.shape != rejected.shape or chosen.ndim != 1:
+            raise UserError(f"pairs have scores (B,), got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
+        self.margins.append((chosen - rejected).double())
+
+    def compute(self) -> PairScores:
+        margins = (self.margins if isinstance(self.margins, Tensor) else torch.cat(self.margins)).cpu()
+        both = torch.sigmoid(torch.cat([margins, -margins]))
+        labels = torch.cat([torch.ones_like(margins), torch.zeros_like(margins)]).long()
+        right = ((margins > 0).double() + (margins >= 0).double()) / 2
+        return PairScores(
+            bootstrap(right),
+            float(binary_calibration_error(both, labels, n_bins=10, norm="l1")),
+            float(-torch.nn.functional.logsigmoid(margins).mean()),
+        )
