@@ -98,6 +98,7 @@ _HOME = {
     "TensorBoardLogger": "loggers",
     "WandbLogger": "loggers",
     "Samples": "callbacks",
+    "Checkpoints": "callbacks",
     "Distributions": "callbacks",
     "Progress": "callbacks",
     "Sweep": "sweep",

@@ -8,10 +8,12 @@ that, nothing depends on the number of processes but the order in which floating
 import logging
 import multiprocessing
 import os
+import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,8 +38,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
+from lit_rlhf.checkpoint_io import folder_sums, place, remove, written_to
 from lit_rlhf.errors import UserError
 from lit_rlhf.layers import layers_of
+from lit_rlhf.preemption import PREEMPTED, Preempted, passing_on
 from lit_rlhf.quiet import quiet
 
 T = TypeVar("T")
@@ -120,6 +124,26 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer), options=_TRAINED)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Writes the folder beside its place, with checksums, and then renames it.
+
+        Raises:
+            UserError: it cannot be written; what was there before stays.
+        """
+        path = Path(self.broadcast(filepath))
+        with written_to(path) as temporary:
+            if self.is_global_zero and temporary.exists():
+                shutil.rmtree(temporary)  # what a kill has left
+            self.barrier()
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+            self.barrier()
+            if self.is_global_zero:
+                place(temporary, path, folder_sums(temporary))
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            remove(Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = True) -> dict[str, Any]:
         """Fills the shards of weights and optimiser states from the folder; returns the rest of the checkpoint."""
@@ -223,6 +247,7 @@ def run_in_processes(task: Callable[..., Any], count: int, *args: Any) -> None:
 
     Raises:
         UserError: what a process raised as a UserError, or which one was killed.
+        Preempted: a signal, which is passed on to the processes, asked them to stop.
         RuntimeError: another error, with its traceback.
     """
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
@@ -235,14 +260,23 @@ def run_in_processes(task: Callable[..., Any], count: int, *args: Any) -> None:
         given = (task, args, count, port, threads, dict(os.environ), folder)
         context = start_processes(_process, given, nprocs=count, join=False, start_method="forkserver")
         try:
-            while not context.join(grace_period=_GRACE_SECONDS):
-                pass
+            with passing_on(partial(_send, context.processes)):
+                while not context.join(grace_period=_GRACE_SECONDS):
+                    pass
         except (ProcessRaisedException, ProcessExitedException) as error:
             if told := sorted(Path(folder).glob("*")):
                 raise UserError(told[0].read_text()) from None
             if isinstance(error, ProcessExitedException):
+                if error.exit_code == PREEMPTED:
+                    raise Preempted from None
                 raise UserError(f"process {error.error_index} of {count} ended early: {error}") from None
             raise RuntimeError(str(error)) from None
+
+
+def _send(processes: Iterable[Any], number: int) -> None:
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, number)
 
 
 def _process(

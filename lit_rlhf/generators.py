@@ -19,8 +19,20 @@ def set_generators(states: tuple[Any, ...]) -> None:
     torch.set_rng_state(states[0])
     np.random.set_state(states[1])
     random.setstate(states[2])
-    if states[3] is not None:
-        torch.cuda.set_rng_state_all(states[3])
+    if states[3] is not None and torch.cuda.is_available():  # a checkpoint may come from a machine with a GPU
+        torch.cuda.set_rng_state_all(states[3][: torch.cuda.device_count()])
+
+
+def to_plain(states: tuple[Any, ...]) -> list[Any]:
+    """The states as tensors and plain numbers, for a checkpoint."""
+    cpu, (name, keys, *rest), python, cuda = states
+    return [cpu, [name, torch.from_numpy(keys.astype(np.int64)), *rest], [python[0], list(python[1]), python[2]], cuda]
+
+
+def from_plain(states: list[Any]) -> tuple[Any, ...]:
+    """What ``to_plain`` was given."""
+    cpu, (name, keys, *rest), (version, numbers, gauss), cuda = states
+    return cpu, (name, keys.numpy().astype(np.uint32), *rest), (version, tuple(numbers), gauss), cuda
 
 
 def seed_generators(seed: int) -> None:

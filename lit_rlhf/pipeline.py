@@ -26,6 +26,7 @@ from lit_rlhf.overrides import (
     quote,
     replace_parts,
 )
+from lit_rlhf.preemption import Preempted, asked_to_stop, listening
 from lit_rlhf.run_folder import CONFIG, read_summary, replace_file
 from lit_rlhf.sweep import label_job
 from lit_rlhf.terminal import print_result
@@ -79,6 +80,8 @@ def run_pipeline(config: DictConfig) -> float | None:
             (folder / name).mkdir(parents=True, exist_ok=True)
             replace_file(folder / name / INPUTS, json.dumps(made, indent=2) + "\n")
             value = train(stage)
+        if asked_to_stop() and number < len(stages):
+            raise Preempted
         made[name] = hash_model(folder / name / "model")
     from lit_rlhf.report import build_report  # here, because its plotting library takes half a second to import
 
@@ -189,7 +192,8 @@ def to_overrides(values: dict[str, Any]) -> list[str]:
 
 @command("pipeline")
 def _main(config: DictConfig) -> float | None:
-    return run_pipeline(config)
+    with listening():
+        return run_pipeline(config)
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import io
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,52 @@ from lit_rlhf.metrics import lookup
 METRICS, SAMPLES, SUMMARY, CONFIG = "metrics.csv", "samples.jsonl", "summary.json", "config.yaml"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, the file or folder ``path`` is written.
+
+    Raises:
+        UserError: the system refuses, say because the disk is full; the path is named.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):  # libraries wrap it in errors of their own
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or cause.errno is None:
+            raise
+        raise UserError(f"{path} cannot be written: {os.strerror(cause.errno)}") from error
+
+
+def sync(path: Path) -> None:
+    """Brings a file's content, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_file(path: Path, text: str) -> None:
-    """Replaces a file atomically. A lone surrogate, which UTF-8 cannot hold, becomes '?'."""
+    """Replaces a file atomically. A lone surrogate, which UTF-8 cannot hold, becomes '?'.
+
+    Raises:
+        UserError: it cannot be written, say because the disk is full; the old one stays.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", errors="replace", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8", errors="replace", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _text(path: Path) -> str:
@@ -145,7 +185,7 @@ def write_summary(run_dir: Path, **extra: float | str) -> dict[str, float | str]
     for row in read_metrics(run_dir):
         summary |= row
         for name, value in row.items():
-            better = _better(name) if math.isfinite(value) else None
+            better = better_direction(name) if math.isfinite(value) else None
             if better:
                 pick = max if better == "higher" else min
                 summary[f"best/{name}"] = pick(value, summary.get(f"best/{name}", value))
@@ -157,7 +197,8 @@ def write_summary(run_dir: Path, **extra: float | str) -> dict[str, float | str]
     return summary
 
 
-def _better(name: str) -> str | None:
+def better_direction(name: str) -> str | None:
+    """ "higher" or "lower" for a metric of which metrics.py says so."""
     try:
         return lookup(name).better
     except UserError:  # a metric of the user's own

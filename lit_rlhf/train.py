@@ -17,6 +17,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from lit_rlhf.algorithms.base import Algorithm, make_optimizer
+from lit_rlhf.callbacks.checkpoints import LAST, Checkpoints, written
+from lit_rlhf.checkpoint_io import require_undamaged
 from lit_rlhf.checks import check_text
 from lit_rlhf.config import differences, instantiate, instantiate_all, refuse_unknown, resolved
 from lit_rlhf.config_types import check_types
@@ -25,8 +27,9 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.machine import best_precision, keep_freed_memory, peak_memory_gb, reset_peak_memory
 from lit_rlhf.metrics import lookup
+from lit_rlhf.preemption import Preempted, asked_to_stop, listening
 from lit_rlhf.quiet import quiet
-from lit_rlhf.run_folder import CONFIG, SUMMARY, read_summary, write_summary
+from lit_rlhf.run_folder import CONFIG, SUMMARY, read_summary, replace_file, write_summary, writing
 from lit_rlhf.sweep import in_multirun, label_job
 from lit_rlhf.terminal import print_config
 from lit_rlhf.train_command import main
@@ -158,7 +161,8 @@ def train(config: DictConfig) -> float | None:
     folder = Path(config.paths.output_dir or "").absolute()
     if (count := processes_to_start(trainer)) > 1:
         try:
-            run_in_processes(train_here, count, resolved(config))
+            with listening():
+                run_in_processes(train_here, count, resolved(config))
         finally:
             if (folder / SUMMARY).exists() and read_summary(folder).get("status") == "running":
                 write_summary(folder, status="failed")  # all of its processes were ended
@@ -180,11 +184,24 @@ def probe(config: DictConfig) -> L.Trainer:
 
 
 def train_here(config: DictConfig | dict[str, Any]) -> None:
-    """Runs one stage in this process, which may be one of several; the first one writes the run folder."""
+    """Runs one stage in this process, which may be one of several; the first one writes the run folder.
+
+    Raises:
+        Preempted: a signal asked the run to stop, which it did with a checkpoint to continue from.
+    """
     config = OmegaConf.create(config)
     start = time.perf_counter()
     reset_peak_memory()
     run = build(config)
+    if not any(isinstance(callback, Checkpoints) for callback in run.trainer.callbacks):
+        return _train(run, config, start)  # without a checkpoint to continue from, signals do what they always do
+    # Lightning's own handlers would end the run in the middle of a validation, and with the exit code 0.
+    run.trainer._signal_connector.register_signal_handlers = lambda: None
+    with listening():
+        return _train(run, config, start)
+
+
+def _train(run: Run, config: DictConfig, start: float) -> None:
     first = run.trainer.is_global_zero
     if config.optimized_metric is not None:
         try:
@@ -198,7 +215,9 @@ def train_here(config: DictConfig | dict[str, Any]) -> None:
         if not continued:
             require_unused(run.folder)
         make_folder(run.folder)
-        (run.folder / CONFIG).write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+        for left in run.folder.glob("*.tmp"):
+            left.unlink()  # what a kill has left of a file that was being written
+        replace_file(run.folder / CONFIG, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
         write_summary(run.folder, status="running")  # a run that is killed does not look complete
     status = "failed"
     try:
@@ -210,24 +229,35 @@ def train_here(config: DictConfig | dict[str, Any]) -> None:
                     target.resume_from(-1)  # the rows of a run that ended before its first checkpoint go
             if run.trainer.limit_val_batches and is_overridden("val_dataloader", run.datamodule):
                 validate(run)
+        if asked_to_stop() and run.trainer.world_size == 1:
+            raise Preempted  # nothing was learned yet
         run.trainer.fit(run.algorithm, datamodule=run.datamodule, ckpt_path=checkpoint)
         if run.trainer.interrupted:
             raise KeyboardInterrupt
-        run.algorithm.export(run.folder / "model")
+        with writing(run.folder / "model"):
+            run.algorithm.export(run.folder / "model")
         status = "completed"
+    except Preempted:
+        status = "preempted"
+        raise
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
         raise
     finally:
         if first:
-            summary = write_summary(
-                run.folder,
-                status=status,
-                wall_seconds=round(before.get("wall_seconds", 0.0) + time.perf_counter() - start, 1),
-                peak_memory_gb=max(before.get("peak_memory_gb", 0.0), peak_memory_gb()),
+            summary = {
+                "status": status,
+                "wall_seconds": round(before.get("wall_seconds", 0.0) + time.perf_counter() - start, 1),
+                "peak_memory_gb": max(before.get("peak_memory_gb", 0.0), peak_memory_gb()),
                 **run.algorithm.axes,
                 **({"stopped_by": run.algorithm.stopped_by} if run.algorithm.stopped_by else {}),
-            )
+            }
+            try:
+                summary = write_summary(run.folder, **summary)
+            except UserError as error:
+                if status == "completed":
+                    raise
+                log.error("%s", error)  # what ended the run says more
             close(run.trainer.loggers, summary)
     if first:
         from lit_rlhf.report import build_report  # here, because its plotting library takes half a second to import
@@ -268,12 +298,15 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
     if ckpt_path is None:
         return None
     check_text("ckpt_path", ckpt_path)
-    path = run.folder / "checkpoints" / "last.ckpt" if ckpt_path == "auto" else Path(ckpt_path)
-    if not path.exists():
-        if ckpt_path == "auto":
+    if ckpt_path == "auto":
+        path, stored = newest_good(run.folder / "checkpoints")
+        if path is None:
             return None
-        raise UserError(f"ckpt_path={ckpt_path}: there is no such file")
-    stored = read_checkpoint(path)
+    else:
+        path = Path(ckpt_path)
+        if not path.exists():
+            raise UserError(f"ckpt_path={ckpt_path}: there is no such file")
+        stored = read_checkpoint(path)
     if path.is_dir() != isinstance(run.trainer.strategy, FSDP2Strategy):
         kinds = ("sharded", "another") if path.is_dir() else ("whole", "the sharded")
         raise UserError(
@@ -290,21 +323,46 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
     return str(path)
 
 
+def newest_good(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """The newest checkpoint in ``folder`` that is what was written, and what it holds; None if there are none.
+
+    Warns of every one that is passed over.
+
+    Raises:
+        UserError: there are checkpoints, and none of them is good.
+    """
+    last = folder / LAST  # a link to the newest, unless a callback of the user's wrote it
+    bad = []
+    for path in [*([last] if last.exists() and not last.is_symlink() else []), *written(folder)]:
+        try:
+            return path, read_checkpoint(path)
+        except UserError as error:
+            log.warning("%s. Looking for the one before it", error)
+            bad.append(path)
+    if bad:
+        raise UserError(
+            f"ckpt_path=auto: none of the {len(bad)} checkpoints in {folder} is good. Remove the run folder, or choose "
+            "another one with paths.output_dir=..., to start from the beginning"
+        )
+    return None, None
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint holds; its tensors stay on disk until they are used. A sharded one's weights are elsewhere.
 
     Raises:
-        UserError: it cannot be read, or no run of lit_rlhf wrote it.
+        UserError: it is not what was written, cannot be read, or no run of lit_rlhf wrote it.
     """
+    require_undamaged(path)
     file = path / SHARDED_META if path.is_dir() else path
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(
-            f"ckpt_path={path} cannot be read as a checkpoint: {(str(error).splitlines() or [repr(error)])[0]}"
+            f"{path} cannot be read as a checkpoint: {(str(error).splitlines() or [repr(error)])[0]}"
         ) from error
     if not isinstance(stored, dict) or "lit_rlhf" not in stored:
-        raise UserError(f"ckpt_path={path} was not written by a lit_rlhf run: its training state is missing")
+        raise UserError(f"{path} was not written by a lit_rlhf run: its training state is missing")
     return stored
 
 
@@ -328,7 +386,7 @@ def make_folder(folder: Path) -> None:
 
 def require_unused(folder: Path) -> None:
     """Raises UserError if a new run in ``folder`` would overwrite what another one has learned."""
-    for held in ("checkpoints/last.ckpt", "model"):
+    for held in (f"checkpoints/{LAST}", "model"):
         if (folder / held).exists():
             raise UserError(
                 f"{folder} holds another run's {held}, which a new run would overwrite. Continue that run with "
@@ -341,7 +399,11 @@ def run_job(config: DictConfig) -> float | None:
     label_job(config)
     if rank_zero_only.rank == 0 and not in_multirun():  # rank: of a launcher's processes
         print_config(resolved(config))
-    return train(config)
+    with listening():
+        value = train(config)
+        if in_multirun() and asked_to_stop():
+            raise Preempted  # no further job begins
+    return value
 
 
 if __name__ == "__main__":

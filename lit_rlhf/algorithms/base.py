@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from lit_rlhf.checkpoint_io import write_to_files
 from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, shard, whole, world_size
 from lit_rlhf.errors import UserError
+from lit_rlhf.generators import from_plain, get_generators, set_generators, to_plain
 from lit_rlhf.machine import decode_dtype
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, cast_dtype
@@ -139,6 +140,7 @@ class Algorithm(L.LightningModule):
         self.last_row: dict[str, float] = {}
         self.last_logged = 0  # iteration of the newest row
         self._gradients: dict[str, Tensor] = {}  # of a checkpoint made between two steps, until training starts
+        self._generators: list[Any] | None = None  # the global ones of a checkpoint, until training starts
         self.config: dict[str, Any] | None = None  # the run's, where there is one; goes into every checkpoint
         self.strict_loading = False  # checkpoints hold only what trains
 
@@ -321,6 +323,9 @@ class Algorithm(L.LightningModule):
         for name, gradient in self._gradients.items():
             parameters[name].grad = like(parameters[name], gradient)
         self._gradients = {}
+        if self._generators is not None:
+            set_generators(from_plain(self._generators))
+            self._generators = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
@@ -335,6 +340,7 @@ class Algorithm(L.LightningModule):
             "means": self.means.state(),
             "last_logged": self.last_logged,
             "gradients": gather(self._summed_gradients()) if summing else [],
+            "generators": gather(to_plain(get_generators())),  # for callbacks and other code of the user's
             **self.state(),
         }
 
@@ -358,6 +364,7 @@ class Algorithm(L.LightningModule):
         if len(parts) not in (0, world_size()):
             parts = [{n: sum(part[n] for part in parts) / len(parts) for n in parts[0]}] * world_size()
         self._gradients = parts[rank()] if parts else {}
+        self._generators = state["generators"][rank() % len(state["generators"])]
         self.load_state(state)
 
     def state(self) -> dict[str, Any]:

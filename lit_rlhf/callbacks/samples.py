@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.run_folder import SAMPLES, finite, replace_file, whole_lines
+from lit_rlhf.run_folder import SAMPLES, finite, replace_file, whole_lines, writing
 
 
 class Samples(Callback):
@@ -57,7 +57,7 @@ class Samples(Callback):
         if not kept:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8", errors="replace", newline="") as file:
+        with writing(self._path), open(self._path, "a", encoding="utf-8", errors="replace", newline="") as file:
             for row in kept:
                 file.write(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n")
         for logger in trainer.loggers:

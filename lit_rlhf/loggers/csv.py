@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.metrics import AXES
-from lit_rlhf.run_folder import METRICS, format_rows, read_rows, replace_file
+from lit_rlhf.run_folder import METRICS, format_rows, read_rows, replace_file, writing
 
 
 class CSVLogger(Logger):
@@ -44,7 +44,7 @@ class CSVLogger(Logger):
         """Appends one row. `step` is the iteration, unless the row names it itself.
 
         Raises:
-            UserError: neither names the iteration.
+            UserError: neither names the iteration, or the file cannot be written.
         """
         named = {"iteration": step, **metrics}
         row = {name: _text(value) for name, value in named.items() if value is not None}
@@ -57,7 +57,7 @@ class CSVLogger(Logger):
         if new or not self._columns:
             self._write([*columns, *new], [*read_rows(self._path)[1], row])
         else:
-            with open(self._path, "a", encoding="utf-8", newline="") as file:
+            with writing(self._path), open(self._path, "a", encoding="utf-8", newline="") as file:
                 file.write(format_rows(columns, [row], header=False))
 
     @rank_zero_only

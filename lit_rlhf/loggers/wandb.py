@@ -18,6 +18,7 @@ from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
 from lit_rlhf.loggers.wandb_objects import distributions, input_artifacts, output_artifact, samples_table
 from lit_rlhf.metrics import AXES
+from lit_rlhf.preemption import Preempted
 from lit_rlhf.run_folder import METRICS
 
 
@@ -267,12 +268,15 @@ class WandbLogger(LightningWandbLogger):
         """Closes the run, as failed unless `exit_code` is 0. Nothing is logged after it. Safe to call twice.
 
         Its summary says in `status` how it ended. A run that ends well leaves its model as an artifact, one that fails
-        an alert; one that is interrupted neither.
+        an alert; one that is interrupted neither. One that a signal asked to stop is marked as preempting.
         """
         if self._experiment is not None:
             error = sys.exc_info()[1]  # what ended the run, on its way through the caller's `except` or `finally`
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             status = "completed" if exit_code == 0 else "interrupted" if stopped else "failed"
+            if isinstance(error, Preempted):
+                status = "preempted"
+                self._attempt("mark the run preempting", lambda: self._experiment.mark_preempting())
             self.log_summary({"status": status})  # before train.py can, if Lightning ends the run
             if status == "completed":
                 self._attempt("log the model", self._log_output)

@@ -1,0 +1,180 @@
+"""Checkpoints of a run: when they are written, which are kept, which is the newest that is good."""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lit_rlhf.checkpoint_io import UNFINISHED, remove
+from lit_rlhf.checks import check_int
+from lit_rlhf.errors import UserError
+from lit_rlhf.preemption import Preempted, asked_to_stop
+from lit_rlhf.run_folder import better_direction
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+_NAME = re.compile(r"step=(\d+)-epoch=(\d+)\.ckpt")
+
+
+class Checkpoints(Checkpoint):
+    """Writes `<dirpath>/step=<optimiser steps>-epoch=<complete epochs>.ckpt`, each from a state that resumes exactly.
+
+    An epoch of an online algorithm is an iteration. The links `last.ckpt` and `best.ckpt` lead to the newest one and to
+    the one with the best value of `best_by`. Where a signal asks the run to stop, one is written after the optimiser
+    step, and the run ends with `Preempted`; in a rollout, which would be drawn again, it ends at once if it can.
+
+    Args:
+        dirpath: the folder, `<trainer.default_root_dir>/checkpoints` by default.
+        every_n_epochs: how often at the end of an epoch; None for never.
+        every_n_steps: how often within one, in optimiser steps; None for never.
+        keep_last: how many of the newest stay, at least 1.
+        best_by: a metric; the checkpoint with its best value stays as well. None for no best one, and there is none if
+            `metrics.py` does not say which direction is better.
+
+    Raises:
+        UserError: a value is too small; when it is written, the disk is full: older checkpoints stay as they are.
+    """
+
+    def __init__(
+        self,
+        *,
+        dirpath: str | Path | None = None,
+        every_n_epochs: int | None = 1,
+        every_n_steps: int | None = None,
+        keep_last: int = 2,
+        best_by: str | None = None,
+    ) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            if value is not None:
+                check_int(f"Checkpoints: {name}", value, at_least=1)
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.keep_last = check_int("Checkpoints: keep_last", keep_last, at_least=1)
+        self.best_by = best_by
+        self._better = None if best_by is None else better_direction(best_by)
+        self.folder = None if dirpath is None else Path(dirpath)
+        self._value: tuple[int, float] | None = None  # of `best_by` in the newest row that has it, and its iteration
+        self._best: tuple[str, float] | None = None  # the best one's name and value
+        self._saved: str | None = None  # the newest one's name
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": None if self._best is None else list(self._best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best = None if state_dict["best"] is None else (state_dict["best"][0], state_dict["best"][1])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        del pl_module, stage
+        folder = self.folder or Path(trainer.default_root_dir) / "checkpoints"
+        self.folder = Path(trainer.strategy.broadcast(str(folder)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Removes what was written after the checkpoint that the run begins from: its end will be written again."""
+        del pl_module
+        here = written(self.folder)
+        if trainer.ckpt_path and Path(trainer.ckpt_path).resolve() in here:
+            self._saved = Path(trainer.ckpt_path).resolve().name
+        trainer.strategy.barrier()  # every process has looked
+        if trainer.is_global_zero and self.folder.is_dir():
+            now = max(_number(name) for name in (self._name(trainer), self._saved) if name)
+            for path in [path for path in here if _number(path.name) > now]:
+                remove(path)
+            for path in self.folder.glob(f"*{UNFINISHED}"):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if self._best is not None and not (self.folder / self._best[0]).exists():
+                self._best = None  # the run continues in another folder than it began in
+            self._link(self._saved)
+        self._best = trainer.strategy.broadcast(self._best)
+
+    def on_row(self, trainer: Trainer, pl_module: LightningModule, row: Mapping[str, float]) -> None:
+        """Called by the algorithm with each row that it logs."""
+        del trainer, pl_module
+        if self._better and self.best_by in row and math.isfinite(row[self.best_by]):
+            self._value = (row["iteration"], float(row[self.best_by]))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return  # the step is not done
+        # Each process may or may not have got the signal.
+        stop = trainer.strategy.reduce_boolean_decision(asked_to_stop(), all=False)
+        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        ends_epoch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self._due_at_end(trainer)
+        if stop or (due and not ends_epoch):
+            self.save(trainer, pl_module)
+        if stop:
+            raise Preempted
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after the algorithm's own hook, as Lightning does for callbacks of this kind."""
+        if self._due_at_end(trainer):
+            self.save(trainer, pl_module)
+
+    def _due_at_end(self, trainer: Trainer) -> bool:
+        return self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def on_phase(self, trainer: Trainer, *_: Any) -> None:
+        """Called by the algorithm during its rollout phase, which several processes can only end together."""
+        if not asked_to_stop() or trainer.world_size > 1:
+            return
+        before_updates = trainer.training and (trainer.global_step == 0 or self._saved == self._name(trainer))
+        if before_updates or trainer.state.fn != TrainerFn.FITTING:
+            raise Preempted
+
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes a checkpoint of now, unless there is one; every process must call it."""
+        name = self._name(trainer)
+        if trainer.fast_dev_run or name == self._saved:
+            return
+        if self._value is not None and self._value[0] == pl_module.axes["iteration"]:
+            value = self._value[1]
+            best = value if self._best is None else self._best[1]
+            if self._best is None or (value > best if self._better == "higher" else value < best):
+                self._best = (name, value)
+        try:
+            trainer.save_checkpoint(self.folder / name)
+        except UserError as error:
+            kept = written(self.folder)
+            left = f"those before it are as they were, the newest is {kept[0].name}" if kept else "there is no other"
+            raise UserError(f"{error}; {left}. The same command with ckpt_path=auto goes on from there") from error
+        self._saved = name
+        if trainer.is_global_zero:
+            self._link(name)
+            for path in written(self.folder)[self.keep_last :]:
+                if self._best is None or path.name != self._best[0]:
+                    remove(path)
+
+    def _name(self, trainer: Trainer) -> str:
+        """No two states of a run have the same, so that no file is ever written over."""
+        return f"step={trainer.global_step:08d}-epoch={trainer.fit_loop.epoch_progress.current.processed:04d}.ckpt"
+
+    def _link(self, last: str | None) -> None:
+        best = self._best and self._best[0]
+        for link, name in ((LAST, last), (BEST, best)):
+            place = self.folder / link
+            if name is None:
+                if place.is_symlink():
+                    place.unlink()
+                continue
+            unfinished = self.folder / (link + UNFINISHED)
+            unfinished.unlink(missing_ok=True)
+            unfinished.symlink_to(name)
+            if place.is_dir() and not place.is_symlink():
+                remove(place)  # another callback's sharded checkpoint
+            os.replace(unfinished, place)
+
+
+def written(folder: Path) -> list[Path]:
+    """The checkpoints of `Checkpoints` in a folder, the newest first."""
+    found = [path for path in folder.glob("step=*.ckpt") if _NAME.fullmatch(path.name)]
+    return sorted((path.resolve() for path in found), key=lambda path: _number(path.name), reverse=True)
+
+
+def _number(name: str) -> tuple[int, int]:
+    step, epoch = _NAME.fullmatch(name).groups()
+    return int(step), int(epoch)
