@@ -512,7 +512,7 @@ def test_a_run_that_failed_within_an_epoch_of_sft_continues_there(user_module, f
     sft = [
         "train", "algorithm=sft", f"policy.path={tiny_models['policy']}", "~data",
         f"+data._target_={user_module}.Texts", "algorithm.log_every_n_steps=1",
-        "callbacks.checkpoint_steps.every_n_train_steps=2", "logger=csv",
+        "callbacks.checkpoint.every_n_steps=2", "logger=csv",
         "trainer.precision=32-true", "optimized_metric=null", "ckpt_path=auto",
     ]  # fmt: skip
     texts = importlib.import_module(user_module).Texts
