@@ -68,6 +68,7 @@ _TABLE: dict[str, tuple[str, str, Direction]] = {
     "loss/kl": ("KL(policy || reference) in the loss, mean over tokens, before its coefficient", "nats/token", None),
     "entropy/coef": ("coefficient of the entropy term", "reward/nat", None),
     "optim/lr": ("learning rate of the first parameter group", "", None),
+    "optim/skipped_steps": ("optimiser steps skipped, since the row before, for numbers not finite", "count", "lower"),
     "optim/grad_norm": ("norm of the gradient before clipping, mean over optimiser steps", "", None),
     # offline stages
     "sft/perplexity": ("exp(mean negative log-likelihood of a target token)", "", "lower"),

@@ -13,12 +13,12 @@ def sgd(lr):
     return lambda parameters: torch.optim.SGD(parameters, lr=lr)
 
 
-def make(policy=None, *, lr=0.05, steps=6, sampler=None, **changes):
+def make(policy=None, *, lr=0.05, steps=6, sampler=None, algorithm=PPO, **changes):
     settings = {
         "reward": letters, "rollout_batch_size": 8, "minibatch_size": 4, "ppo_epochs": 2, "seed": 3,
         "optimizer": sgd(lr),
     }  # fmt: skip
-    return PPO(
+    return algorithm(
         policy=policy or tiny_policy(),
         sampler=sampler or Sampler(max_new_tokens=steps),
         **{**settings, **changes},

@@ -1,5 +1,6 @@
 """Runs for one process and for several: what each process of theirs has at the end is saved to a folder."""
 
+import math
 import os
 import signal
 
@@ -10,9 +11,9 @@ from ppo_runs import Watch, make
 from tiny import LORA, Prompts, letters, tiny_policy
 from torch.utils.data import DataLoader
 
-from lit_rlhf.algorithms import DPO, DQN, GRPO, SFT, TRPO, OnlineDPO, RewardModel
+from lit_rlhf.algorithms import DPO, DQN, GRPO, PPO, SFT, TRPO, OnlineDPO, RewardModel
 from lit_rlhf.clip import AdaptiveKLPenalty
-from lit_rlhf.distributed import FSDP2Strategy, rank, whole
+from lit_rlhf.distributed import FSDP2Strategy, rank, whole, world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.kl import AdaptiveKL
 from lit_rlhf.models.critic import SeparateCritic
@@ -67,11 +68,21 @@ def group(algorithm, **changes):
     return algorithm(**{**settings, **changes})
 
 
+class Spoiled(PPO):
+    """One loss of two steps is NaN, and only that of one process."""
+
+    def loss(self, *args):
+        loss, metrics = super().loss(*args)
+        bad = rank() == world_size() - 1 and self.trainer.global_step in (1, 2)
+        return (loss * math.nan if bad else loss), metrics
+
+
 #: name -> (algorithm, datamodule, settings of the trainer)
 RUNS = {
     "full": (lambda _: ppo(), lambda: Prompts(validation=True), {"accumulate_grad_batches": 2, "max_epochs": 3}),
     "lora": (lambda _: ppo(LORA), Prompts, {}),
     "separate": (lambda _: ppo(critic=SeparateCritic, clip=AdaptiveKLPenalty()), Prompts, {}),
+    "spoiled": (lambda _: ppo(algorithm=Spoiled), Prompts, {}),
     "stopped": (lambda _: ppo(target_kl=1e-4), Prompts, {}),
     "grpo": (lambda _: group(GRPO), Prompts, {}),
     "online_dpo": (lambda _: group(OnlineDPO), Prompts, {}),

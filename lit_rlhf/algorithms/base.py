@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
+from lit_rlhf.algorithms.steps import StepGuard
 from lit_rlhf.checkpoint_io import write_to_files
 from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, shard, whole, world_size
 from lit_rlhf.errors import UserError
@@ -66,6 +68,10 @@ class RunningMean:
         sums, self.sums = self._merged(gather(self.sums)), {}
         return {name: total / count for name, (total, count) in sums.items() if count}
 
+    def take(self, other: "RunningMean") -> None:
+        """Adds another's sums, which starts anew."""
+        self.sums, other.sums = self._merged([self.sums, other.sums]), {}
+
     def state(self) -> list[dict[str, tuple[float, float]]]:
         """The sums of every process, each of which must call this."""
         return gather(dict(self.sums))
@@ -111,6 +117,8 @@ class Algorithm(L.LightningModule):
         optimizer: makes the optimiser from the parameters that train; AdamW with lr 1e-5 by default.
         scheduler: called with ``optimizer=`` and, if it takes it, ``num_training_steps=``; a constant rate by default.
         seed: of everything random in the run.
+        max_skipped_steps: optimiser steps in a row that are skipped because of a loss, gradient, log-probability, ratio
+            or value that is not finite; then the run ends, with a checkpoint.
     """
 
     online: bool
@@ -129,6 +137,7 @@ class Algorithm(L.LightningModule):
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
         seed: int = 0,
+        max_skipped_steps: int = 10,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -136,7 +145,9 @@ class Algorithm(L.LightningModule):
         self.optimizer_factory = optimizer or default_optimizer
         self.scheduler_factory = scheduler or default_scheduler
         self.seed = seed
+        self.guard = StepGuard(max_skipped_steps)
         self.means = RunningMean()
+        self.step_means = RunningMean()  # of the optimiser step under way
         self.last_row: dict[str, float] = {}
         self.last_logged = 0  # iteration of the newest row
         self._gradients: dict[str, Tensor] = {}  # of a checkpoint made between two steps, until training starts
@@ -185,27 +196,43 @@ class Algorithm(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         norm = whole(torch.nn.utils.get_total_norm([p.grad for p in with_gradients(optimizer)]))
         self._gradient_norm = float(norm)
-        if not self.scales_gradients:  # else overflow is part of the method
-            self.require_finite("gradient", norm)
-        self.means.add({"optim/grad_norm": norm}, 1.0)
+        scaler = self.scaler
+        # While a scale is being found, overflow is part of the method.
+        counts = scaler is None or scaler.get_scale() <= 1
+        if self.guard.check(self._gradient_norm, self.trainer.global_step + 1, counts=counts):
+            self.step_means.add({"optim/grad_norm": norm}, 1.0)
+            self.means.take(self.step_means)
+            return
+        self.step_means.sums = {}
+        if scaler is None:  # which else skips the step by itself
+            for parameter in with_gradients(optimizer):
+                parameter.grad = None  # a parameter without a gradient is none of the optimiser's business
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         # Lightning frees gradients after the next forward pass, whose activations would lie beside them.
         self.trainer.optimizers[0].zero_grad()
 
-    @property
-    def scales_gradients(self) -> bool:
-        """Whether losses are scaled up for the backward pass (16-mixed)."""
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.guard.verdict is not None:
+            raise UserError(f"{self.guard.verdict}. {self.save_state()}")
 
-    def require_finite(self, what: str, value: Tensor) -> None:
-        """Raises UserError, before anything is learned from it, if a loss or gradient is NaN or infinite."""
-        if not torch.isfinite(value):
-            raise UserError(
-                f"the {what} of optimiser step {self.trainer.global_step + 1} is {float(value)}; the weights are those "
-                "before that step. A smaller learning rate (optimizer.lr) or trainer.precision=32-true may help"
-            )
+    def save_state(self) -> str:
+        """Writes checkpoints/last.ckpt where the run keeps checkpoints; says so. Every process must call it."""
+        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+        if folder is None:
+            return "There is no checkpoint of it: the trainer has no callback that writes any"
+        path = Path(folder) / "last.ckpt"
+        try:
+            self.trainer.save_checkpoint(path)
+        except OSError as error:
+            return f"There is no checkpoint of it: {path} cannot be written ({error})"
+        return f"The checkpoint {path} is of this moment; ckpt_path={path} goes on from there"
+
+    @property
+    def scaler(self) -> Any:
+        """What scales losses up for the backward pass (16-mixed), or None."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def configure_gradient_clipping(
         self,
@@ -218,9 +245,9 @@ class Algorithm(L.LightningModule):
         Raises:
             UserError: a fused optimiser in 16-mixed, which gets its gradients scaled.
         """
-        if not gradient_clip_val:
+        if not gradient_clip_val or self.guard.bad:
             return
-        if self.scales_gradients and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if self.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise UserError(
                 "trainer.gradient_clip_val with trainer.precision=16-mixed needs optimizer.fused=false: a fused "
                 "optimiser gets gradients that are still scaled. bf16-mixed has no scale"
@@ -338,6 +365,8 @@ class Algorithm(L.LightningModule):
         summing = self.trainer.fit_loop.epoch_loop._should_accumulate()
         checkpoint["lit_rlhf"] = {
             "means": self.means.state(),
+            "step_means": self.step_means.state(),
+            "guard": self.guard.state_dict(),
             "last_logged": self.last_logged,
             "gradients": gather(self._summed_gradients()) if summing else [],
             "generators": gather(to_plain(get_generators())),  # for callbacks and other code of the user's
@@ -359,6 +388,8 @@ class Algorithm(L.LightningModule):
                 f"'{min(missing)}'. Start from the same policy, critic and algorithm as the run that wrote it."
             )
         self.means.load_state(state["means"])
+        self.step_means.load_state(state["step_means"])
+        self.guard.load_state_dict(state["guard"])
         self.last_logged = state["last_logged"]
         parts = state["gradients"]  # of every process; a step takes their mean
         if len(parts) not in (0, world_size()):

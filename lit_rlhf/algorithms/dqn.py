@@ -89,7 +89,8 @@ class DQN(OfflineAlgorithm):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.q_heads.follow(self.polyak)
+        if not self.guard.bad:
+            self.q_heads.follow(self.polyak)
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "targets": self.q_heads.targets.state_dict()}

@@ -209,7 +209,8 @@ class OfflineAlgorithm(Algorithm):
         process = [rank()] if rank() else []
         torch.manual_seed(derive_seed(self.seed, self.loader.passes.number, self.loader.position, *process))
         loss, metrics = self.loss(batch.inputs)
-        self.means.add({**metrics, "loss/total": loss.detach()}, batch.terms)
+        loss = self.guard.spoiled(loss, {})
+        self.step_means.add({**metrics, "loss/total": loss.detach()}, batch.terms)
         self.sequences += batch.sequences
         self.tokens += batch.tokens
         return loss * batch.weight
@@ -231,6 +232,7 @@ class OfflineAlgorithm(Algorithm):
 
     def write_row(self, validation: dict[str, float] | None = None) -> None:
         row = {**self.derived(self.means.compute()), "optim/lr": self.rate}
+        row["optim/skipped_steps"] = self.guard.take_skipped()
         self.log_row({**row, **(validation or {})})
 
     def on_train_end(self) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -318,8 +319,13 @@ class OnlineAlgorithm(Algorithm):
             metrics["loss/kl"] = self.kl_loss(batch, output, tokens)
             loss = loss + self.pending["objective/kl_coef"] * metrics["loss/kl"]
         count = float(batch.response_mask.sum())
-        self.require_finite("loss", loss)
-        self.means.add({name: x.detach() for name, x in {**metrics, "loss/total": loss}.items()}, count)
+        numbers = {"log-probability": zero_masked(output.logprobs.detach(), batch.response_mask)}
+        if values is not None:
+            numbers["value"] = zero_masked(values.detach(), batch.response_mask)
+        if "policy/ratio_max" in metrics:
+            numbers["probability ratio"] = metrics["policy/ratio_max"].detach()
+        loss = self.guard.spoiled(loss, numbers)
+        self.step_means.add({name: x.detach() for name, x in {**metrics, "loss/total": loss}.items()}, count)
         if self.target_kl is not None and "policy/approxkl" in metrics:
             self.minibatch_kl.add({"kl": metrics["policy/approxkl"]}, count)
         return loss * batch.weight if self.loss_over == "tokens" else loss
@@ -353,7 +359,9 @@ class OnlineAlgorithm(Algorithm):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         # Not in on_train_batch_end: a checkpoint callback's own hook of that name runs before the module's.
-        self.pending["policy/updates"] = self.pending.get("policy/updates", 0.0) + 1
+        self.pending["policy/updates"] = self.pending.get("policy/updates", 0.0) + (not self.guard.bad)
+        if self.guard.bad:
+            self.minibatch_kl.sums = {}
         if self.target_kl is None:
             return
         kl = self.minibatch_kl.compute().get("kl", 0.0)
@@ -376,6 +384,7 @@ class OnlineAlgorithm(Algorithm):
         self._validate_if_missed()
         row = {"policy/early_stopped": 0.0, **self.pending, **self.means.compute(), **self.schedule_metrics()}
         row["optim/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        row["optim/skipped_steps"] = self.guard.take_skipped()
         row["time/iteration"] = time.perf_counter() - self._started
         row["time/update"] = row["time/iteration"] - sum(row.get(f"time/{s}", 0.0) for s in _STAGES)
         self.update_controllers(row)
@@ -404,11 +413,13 @@ class OnlineAlgorithm(Algorithm):
 
     def update_controllers(self, row: dict[str, float]) -> None:
         """Lets whatever follows a measurement follow this iteration's."""
-        self.kl.update(row["objective/kl"], self.rollout_batch_size)
+        if math.isfinite(row["objective/kl"]):  # else no step was taken, and the controllers stay as they are
+            self.kl.update(row["objective/kl"], self.rollout_batch_size)
         if self.clip is not None and self.clip.follows_kl:
             row["policy/update_kl"] = self.update_kl()
-            self.clip.update(row["policy/update_kl"])
-        if self.entropy is not None:
+            if math.isfinite(row["policy/update_kl"]):
+                self.clip.update(row["policy/update_kl"])
+        if self.entropy is not None and "policy/entropy" in row:  # not if every step was skipped
             self.entropy.update(row["policy/entropy"])
 
     @torch.no_grad()

@@ -121,8 +121,9 @@ class TRPO(OnlineAlgorithm):
             curvature = direction.dot(self._fisher(parts, parameters, direction))
             step = (2 * self.max_kl / curvature.clamp(min=1e-12)).sqrt() * direction
             kl = gain = 0.0
+            finite = self.guard.check(float(step.sum()), self.trainer.global_step + 1, "natural-gradient step")
             with torch.no_grad():
-                for halved in range(self.line_search_steps):
+                for halved in range(self.line_search_steps if finite else 0):
                     vector_to_parameters(before + step / 2**halved, parameters)
                     gain, kl = (sum(float(f(part)) * part.share for part in parts) for f in (self._surrogate, self._kl))
                     if gain > 0 and kl <= self.max_kl:

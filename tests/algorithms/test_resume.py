@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import math
 
 import lightning as L
 import pytest
@@ -193,3 +194,28 @@ def test_a_checkpoint_of_another_algorithm_is_refused(tmp_path):
     run(tmp_path, make(LORA), until=1)
     with pytest.raises(UserError, match="another configuration"):
         run(tmp_path, make(), ckpt_path=tmp_path / "checkpoints/last.ckpt")
+
+
+class Spoiled(PPO):
+    """Steps 3, 4, 9 and 10 are bad, by the first of their micro-batches."""
+
+    def loss(self, *args):
+        loss, metrics = super().loss(*args)
+        bad = self.trainer.global_step in (2, 3, 8, 9) and self.loader.position % 2
+        return (loss * math.nan if bad else loss), metrics
+
+
+@pytest.mark.parametrize("steps", [3, 4, 9])
+def test_a_run_that_skips_steps_resumes_between_them(tmp_path, steps):
+    def fresh():
+        return make(algorithm=Spoiled, ppo_epochs=2)
+
+    def split(**settings):
+        return run(tmp_path / "split", fresh(), until=2, accumulate_grad_batches=2, **settings)
+
+    whole = run(tmp_path / "whole", fresh(), until=2, accumulate_grad_batches=2)
+    assert [float(row["optim/skipped_steps"]) for row in written(tmp_path / "whole")[0]] == [2, 2]
+    split(every_n_train_steps=steps, stop=Stop(step=steps))
+    resumed = split(ckpt_path=tmp_path / "split/checkpoints/last.ckpt")
+    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+    assert resumed.guard.state_dict() == whole.guard.state_dict()
