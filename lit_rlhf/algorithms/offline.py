@@ -141,7 +141,7 @@ class OfflineAlgorithm(Algorithm):
 
     Args:
         log_every_n_steps: optimiser steps from one row to the next.
-        optimizer, scheduler, seed: see ``Algorithm``.
+        **common: see ``Algorithm``.
     """
 
     online = False

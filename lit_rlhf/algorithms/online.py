@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_rlhf.algorithms.attempts import PatientLoader, ScoreError, raise_together
 from lit_rlhf.algorithms.base import Algorithm, RunningMean, require_plain
 from lit_rlhf.algorithms.judged import (
     Anchors,
@@ -35,6 +36,7 @@ from lit_rlhf.generators import seeded
 from lit_rlhf.kl import FixedKL, KLPenalty
 from lit_rlhf.models.policy import Policy, PolicyOutput, disable_dropout
 from lit_rlhf.models.reference import make_reference, require_same_reference
+from lit_rlhf.rewards.failure import RewardFailure
 from lit_rlhf.rewards.scoring import Reward, Scores, freeze, require_columns, score
 from lit_rlhf.rewards.shaping import ScoreShaper, place_scores
 from lit_rlhf.rollout.loader import RolloutLoader, exact_div
@@ -67,7 +69,7 @@ class OnlineAlgorithm(Algorithm):
         epochs: passes over the experience of an iteration.
         target_kl: an iteration's updates stop once a minibatch's approximate KL to the rollout policy, a mean over its
             tokens, exceeds this; None never stops.
-        optimizer, scheduler, seed: see ``Algorithm``.
+        **common: see ``Algorithm``.
 
     Raises:
         UserError: sizes that do not divide; at ``fit``, a sampler that cuts the distribution.
@@ -142,6 +144,7 @@ class OnlineAlgorithm(Algorithm):
         self.pending: dict[str, float] = {}  # metrics of the iteration under way, its samples, its validation
         self.samples: list[dict[str, Any]] = []
         self.validated: list[Judged] = []
+        self.validation_rows = 0  # of the validation under way
         self.minibatch_kl = RunningMean()  # approximate KL of the minibatch under way
 
     # ---- what a subclass gives ------------------------------------------------------------------------------------
@@ -240,11 +243,16 @@ class OnlineAlgorithm(Algorithm):
         completions = decode_completions(rollout, self.policy.tokenizer)
         ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
         # A reward that draws random numbers draws the same ones in a resumed run.
+        judged, failure = {}, None
         with self.phase("score"), seeded(derive_seed(seed, _SCORE_STREAM, int(prompts.episodes[0]))):
-            judged = {
-                key: score(judge, prompts.prompts, completions, prompts.columns, ids, self.policy.tokenizer)
-                for key, judge in judges.items()
-            }
+            try:
+                judged = {
+                    key: score(judge, prompts.prompts, completions, prompts.columns, ids, self.policy.tokenizer)
+                    for key, judge in judges.items()
+                }
+            except Exception as error:
+                failure = error
+        raise_together(failure)
         with self.phase("anchor"):
             anchors = self.anchor(rollout)
         judged = {key: mask_dense(scores, rollout.response_mask) for key, scores in judged.items()}
@@ -459,15 +467,23 @@ class OnlineAlgorithm(Algorithm):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
         """Completes a batch of held-out prompts; the random numbers are the same at every validation.
 
-        The prompts of several loaders are measured together.
+        The prompts of several loaders are measured together. Within a fit, a batch whose reward fails is left out.
         """
         rows = split_rows(batch)
-        start = sum(len(judged.completions) for judged in self.validated)
-        episodes = start + torch.arange(len(rows))
-        self.validated.append(self.judge(rows, episodes, derive_seed(self.seed, _VALIDATION_STREAM)))
+        episodes = self.validation_rows + torch.arange(len(rows))
+        self.validation_rows += len(rows)
+        try:
+            self.validated.append(self.judge(rows, episodes, derive_seed(self.seed, _VALIDATION_STREAM)))
+        except ScoreError as error:
+            raise error.__cause__ from None
+        except RewardFailure as failure:
+            if not failure.skips and self.trainer.state.fn != "fit":
+                raise
+            # Nothing is learned from it; if the reward is gone for good, the next rollout ends the run.
+            log.warning("a batch of the validation is left out: %s", failure)
 
     def on_validation_epoch_end(self) -> None:
-        validated, self.validated = self.validated, []
+        validated, self.validated, self.validation_rows = self.validated, [], 0
         if self.trainer.sanity_checking or not validated:
             return
         judged = cat_judged(validated)
@@ -543,7 +559,8 @@ class OnlineAlgorithm(Algorithm):
     def train_dataloader(self) -> RolloutLoader:
         if self.loader is not None and self._loader_state is None:
             self._loader_state = self.loader.state_dict()  # a second fit, or a reloaded loader, goes on
-        self.loader = RolloutLoader(
+        self.loader = PatientLoader(
+            algorithm=self,
             prompts=PromptRows(SeededPasses(self.user_loader(), self.seed), self.group_size),
             collect=self.collect,
             rollout_batch_size=self.rollout_batch_size,

@@ -66,7 +66,7 @@ class RewardModel(OfflineAlgorithm):
         dropout: whether the model's own dropout is active in training. Without it a step of MiniLM takes a sixth less,
             and one epoch, which hardly overfits, ends no worse.
         log_every_n_steps: see ``OfflineAlgorithm``.
-        optimizer, scheduler, seed: see ``Algorithm``.
+        optimizer, scheduler, seed, max_skipped_steps: see ``Algorithm``.
 
     Raises:
         UserError: a value out of range, nothing to load, a batch with other columns, or an empty text.
@@ -85,8 +85,10 @@ class RewardModel(OfflineAlgorithm):
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
         seed: int = 0,
+        max_skipped_steps: int = 10,
     ) -> None:
-        super().__init__(log_every_n_steps=log_every_n_steps, optimizer=optimizer, scheduler=scheduler, seed=seed)
+        common = {"optimizer": optimizer, "scheduler": scheduler, "seed": seed, "max_skipped_steps": max_skipped_steps}
+        super().__init__(log_every_n_steps=log_every_n_steps, **common)
         self.on = check_scope(on, "algorithm.on")
         self.margin_coef = check_number("algorithm.margin_coef", margin_coef, at_least=0)
         self.center_coef = check_number("algorithm.center_coef", center_coef, at_least=0)

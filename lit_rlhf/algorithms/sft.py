@@ -37,7 +37,7 @@ class SFT(OfflineAlgorithm):
         policy: the model that is trained.
         max_length: the longest sequence in tokens, prompt and end included; by default the policy's context.
         log_every_n_steps: see ``OfflineAlgorithm``.
-        optimizer, scheduler, seed: see ``Algorithm``.
+        optimizer, scheduler, seed, max_skipped_steps: see ``Algorithm``.
 
     Raises:
         UserError: ``max_length`` is not within the policy's context; a batch without these columns; an empty text.
@@ -52,8 +52,10 @@ class SFT(OfflineAlgorithm):
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
         seed: int = 0,
+        max_skipped_steps: int = 10,
     ) -> None:
-        super().__init__(log_every_n_steps=log_every_n_steps, optimizer=optimizer, scheduler=scheduler, seed=seed)
+        common = {"optimizer": optimizer, "scheduler": scheduler, "seed": seed, "max_skipped_steps": max_skipped_steps}
+        super().__init__(log_every_n_steps=log_every_n_steps, **common)
         self.policy = policy
         self.max_length = check_max_length(max_length, policy)
 

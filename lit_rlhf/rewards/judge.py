@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from lit_rlhf.checks import check_int, check_number, check_text
 from lit_rlhf.errors import UserError
+from lit_rlhf.rewards.failure import check_on_failure
 from lit_rlhf.rewards.http import JsonClient, Post
 
 _SCORE_QUESTION = """{quoted}
@@ -80,6 +81,8 @@ class Judge:
         retries: further tries after connection errors, timeouts and the statuses 408, 429 and 5xx.
         max_bytes: the longest answer that is read.
         token_env: the environment variable that holds a bearer token; None sends none.
+        on_failure: when no scores can be had: ``stop`` ends the run, with a checkpoint; ``skip_batch`` goes on with the
+            next prompts, at most 4 times in a row.
 
     Raises:
         UserError: an argument out of its range; called, a request that failed for good, an answer that is no chat
@@ -101,7 +104,9 @@ class Judge:
         retries: int = 3,
         max_bytes: int = 1_000_000,
         token_env: str | None = None,
+        on_failure: str = "stop",
     ) -> None:
+        self.on_failure = check_on_failure(on_failure)
         self._rubric = check_text("reward.rubric", rubric).strip()
         self._model = check_text("reward.model", model)
         self._unreadable = None if unreadable is None else check_number("reward.unreadable", unreadable)

@@ -6,6 +6,7 @@ from typing import Any
 
 from lit_rlhf.checks import check_int
 from lit_rlhf.errors import UserError
+from lit_rlhf.rewards.failure import check_on_failure
 from lit_rlhf.rewards.http import JsonClient
 
 
@@ -24,6 +25,8 @@ class RemoteReward:
         max_bytes: the longest answer that is read.
         columns: columns of the prompts that the server needs.
         token_env: the environment variable that holds a bearer token; None sends none.
+        on_failure: when no scores can be had: ``stop`` ends the run, with a checkpoint; ``skip_batch`` goes on with the
+            next prompts, at most 4 times in a row.
 
     Raises:
         UserError: an argument out of its range; called, a request that failed for good or an answer of another form.
@@ -42,7 +45,9 @@ class RemoteReward:
         max_bytes: int = 10_000_000,
         columns: Sequence[str] = (),
         token_env: str | None = None,
+        on_failure: str = "stop",
     ) -> None:
+        self.on_failure = check_on_failure(on_failure)
         listed = isinstance(columns, Sequence) and not isinstance(columns, str)
         if not listed or {"prompts", "completions"} & set(columns):
             raise UserError(

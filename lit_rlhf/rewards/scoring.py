@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.rewards.failure import RewardFailure, sample_in_hand
 
 Reward = Callable[..., Any]
 """``reward(prompts, completions, **columns)`` -> B numbers, a Tensor (B,), or a dict of named ones. May be async.
@@ -76,9 +77,35 @@ def score(
     -> number) says there, once it was called, what its components count in the total.
 
     Raises:
-        UserError: another number of scores than completions or tokens, something that is no number, NaN or infinity.
-            The first bad sample is named, and nothing is learned from the batch.
+        RewardFailure: a UserError of the reward's, another number of scores than completions or tokens, something that
+            is no number, NaN or infinity (the first bad sample is named). It skips the batch if the reward has an
+            attribute ``on_failure`` that is "skip_batch".
+        Exception: whatever else the reward raises, with a note that names the sample.
     """
+    try:
+        return _score(reward, prompts, completions, columns, completion_ids, tokenizer)
+    except RewardFailure:
+        raise  # that of a reward within this one
+    except UserError as error:
+        raise RewardFailure(str(error), skips=getattr(reward, "on_failure", None) == "skip_batch") from error
+    except Exception as error:
+        if not getattr(error, "__notes__", None):
+            number = sample_in_hand(error.__traceback__, list(completions))
+            which = f"for one of {len(completions)} samples, of which the first is " if number is None else "for "
+            error.add_note(
+                f"The reward '{reward_name(reward)}' raised this {which}{_sample(number or 0, prompts, completions)}."
+            )
+        raise
+
+
+def _score(
+    reward: Reward,
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+    completion_ids: Sequence[Sequence[int]] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Scores:
     offered = {"completion_ids": completion_ids, "tokenizer": tokenizer}
     asked_for = {name: value for name, value in offered.items() if name in _parameters(reward)}
     result = reward(prompts=list(prompts), completions=list(completions), **columns, **asked_for)

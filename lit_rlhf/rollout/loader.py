@@ -94,12 +94,16 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[Experience]:
         if self.experience is None:
-            self.experience = self.collect(self.iteration, self.prompts.draw(self.rollout_batch_size))
+            self.experience = self.new_experience()
             self.position = 0
         while self.experience is not None and self.position < len(self):
             batch = self._micro_batch(self.position)
             self.position += 1  # before the yield: a checkpoint made during the step resumes after it
             yield batch
+
+    def new_experience(self) -> Experience:
+        """Stages 1 to 5 with the next prompts."""
+        return self.collect(self.iteration, self.prompts.draw(self.rollout_batch_size))
 
     def _micro_batch(self, position: int) -> Experience:
         step, micro = divmod(position, self.micro_batches)

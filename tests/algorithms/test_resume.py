@@ -38,12 +38,11 @@ class Killed(Exception):
 
 def make(lora=None, algorithm=PPO, **changes):
     settings = {
-        "rollout_batch_size": 6, "minibatch_size": 2, **({"ppo_epochs": 2} if algorithm is PPO else {}),
+        "reward": letters, "gold": letters, "rollout_batch_size": 6, "minibatch_size": 2,
+        **({"ppo_epochs": 2} if algorithm is PPO else {}),
     }  # fmt: skip
     return algorithm(
         policy=tiny_policy(lora=lora),
-        reward=letters,
-        gold=letters,
         sampler=Sampler(max_new_tokens=5),
         kl=AdaptiveKL(init_coef=0.1, target=0.01, horizon=50),
         scores=ScoreShaper(normalize=True),

@@ -342,10 +342,12 @@ def test_an_async_function_is_a_reward_and_the_longest_prompt_fits(user_module, 
 
 
 def test_a_reward_that_raises_shows_its_own_traceback(user_module, folder):
-    result = start(*reward_of("raises", user_module))
+    result = start(*reward_of("raises", user_module), "trainer.limit_val_batches=0")
     assert result.code == 1
     assert "ZeroDivisionError" in result.err
     assert "in raises" in result.err
+    assert "'raises' raised this for one of 4 samples, of which the first is sample 0 (prompt '" in result.err
+    assert "last.ckpt is of this moment" in result.err
     assert json.loads((folder / "run" / "summary.json").read_text())["status"] == "failed"
 
 

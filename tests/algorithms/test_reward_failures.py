@@ -1,0 +1,276 @@
+"""A reward that fails for good: the run stops and loses nothing, or goes on without the batch."""
+
+import csv
+import time
+
+import pytest
+import torch
+from algorithms.test_resume import assert_same, make, run, written
+from local_server import Answer, Server
+from ppo_runs import fit
+from ppo_runs import make as tiny_ppo
+from tiny import Prompts, letters
+
+from lit_rlhf.algorithms.attempts import MOST_SKIPPED
+from lit_rlhf.errors import UserError
+from lit_rlhf.rewards import CompositeReward, ConstrainedReward, EnsembleReward, JudgeReward, RemoteReward, http
+from lit_rlhf.rewards.failure import RewardFailure, sample_in_hand
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch):
+    monkeypatch.setattr(http, "FIRST_WAIT", 0.01)
+
+
+def healthy(body):
+    return {"scores": letters(body["prompts"], body["completions"])}
+
+
+def slow(body):
+    time.sleep(1)
+    return healthy(body)
+
+
+#: fault -> (what the server answers, what the error says)
+FAULTS = {
+    "too few": (lambda body: {"scores": [1.0]}, "answered with 1 scores 'remote' for 6 completions"),
+    "nan": (lambda body: Answer(body=b'{"scores": [0, 1, NaN, 3, 4, 5]}'), r"nan for sample 2 \(prompt '.*completion"),
+    "infinite": (lambda body: Answer(body=b'{"scores": [0, 1, 2, 3, 4, Infinity]}'), "inf for sample 5"),
+    "not numbers": (lambda body: {"scores": ["high"] * 6}, "must answer"),
+    "garbage": (lambda body: Answer(body=b"\x00\xff<html>"), "something that is no JSON"),
+    "500": (lambda body: Answer(500, b"oh no"), r"answered 500: 'oh no' \(try 2 of 2\)"),
+    "slow": (slow, r"had no whole answer within 0\.3 s"),
+    "hangs up": (lambda body: Answer(headers={"Content-Length": "9999"}), "failed: RemoteProtocolError"),
+    "100 MB": (lambda body: Answer(body=(b"1" * 10**6 for _ in range(100))), r"more than reward.max_bytes=10000000"),
+}  # fmt: skip
+
+
+class Failing:
+    """Answers as a healthy server but at some requests, counted from 0."""
+
+    def __init__(self, answer, *requests):
+        self.answer, self.requests, self.count = answer, requests, -1
+
+    def __call__(self, body):
+        self.count += 1
+        return self.answer(body) if self.count in self.requests else healthy(body)
+
+
+def remote(server, **settings):
+    return RemoteReward(url=server.url, retries=0, timeout=0.3, **settings)
+
+
+def fresh(reward):
+    return make(reward=reward, gold=None, ppo_epochs=1)
+
+
+QUIET = {"until": 3, "limit_val_batches": 0}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    with Server(healthy) as server:
+        return run(folder, fresh(RemoteReward(url=server.url)), **QUIET), folder
+
+
+@pytest.mark.parametrize(("fault", "request_number"), [*((fault, 2) for fault in FAULTS), ("500", 0)])
+def test_it_stops_with_a_checkpoint_that_goes_on_as_if_nothing_had_happened(tmp_path, whole, fault, request_number):
+    answer, message = FAULTS[fault]
+    requests = range(request_number, 99)
+    with Server(Failing(answer, *requests)) as server:
+        reward = remote(server)
+        if fault == "500":
+            reward = RemoteReward(url=server.url, retries=1)
+        with pytest.raises(RewardFailure, match=rf"(?s){message}.*{tmp_path}/checkpoints/last.ckpt is of this moment"):
+            run(tmp_path, fresh(reward), every_n_train_steps=10**6, **QUIET)
+    with Server(healthy) as server:
+        path = tmp_path / "checkpoints/last.ckpt"
+        assert torch.load(path, weights_only=True)["lit_rlhf"]["iteration"] == request_number
+        resumed = run(tmp_path, fresh(remote(server)), ckpt_path=path, **QUIET)
+    assert_same(whole[0], resumed, whole[1], tmp_path)
+
+
+def test_a_server_that_is_down_stops_it_too(tmp_path):
+    with Server(healthy) as server:
+        reward = RemoteReward(url=server.url, retries=1)
+    with pytest.raises(RewardFailure, match=r"failed: ConnectError .* \(try 2 of 2\).*is of this moment"):
+        run(tmp_path, fresh(reward), **QUIET)
+
+
+NESTED = {
+    "alone": lambda reward: reward,
+    "composite": lambda reward: CompositeReward(rewards={"remote": reward}, weights={"remote": 1.0}),
+    "constraint": lambda reward: ConstrainedReward(objective=letters, constraint=reward, threshold=0.0),
+    "nested": lambda reward: EnsembleReward(
+        rewards={"a": CompositeReward(rewards={"b": reward}, weights={"b": 2.0}), "letters": letters}
+    ),
+}
+
+
+@pytest.mark.parametrize(("fault", "nesting"), [("nan", "alone"), ("100 MB", "alone"), *(("500", n) for n in NESTED)])
+def test_or_it_goes_on_with_the_next_prompts(tmp_path, caplog, fault, nesting):
+    """With the same random numbers: the batch that was left out is the only difference in what is drawn."""
+    with Server(Failing(FAULTS[fault][0], 1, 2)) as server:
+        reward = NESTED[nesting](remote(server, on_failure="skip_batch"))
+        ppo = run(tmp_path, fresh(reward), **{**QUIET, "until": 2})
+        assert len(server.requests) == 4
+    assert ppo.axes["iteration"] == 2
+    assert [float(row["rollout/skipped_batches"]) for row in written(tmp_path)[0]] == [0, 2]
+    assert "iteration 2: the batch is left out" in caplog.text
+    # 18 prompts in a row: 6 of iteration 1, 6 and 6 left out, 6 of iteration 2.
+    prompts = [request.body["prompts"] for request in server.requests]
+    assert ppo.loader.prompts.state_dict()["passes"]["number"] == 2  # of 8 prompts each, the third pass
+    with Server(healthy) as server:
+        run(tmp_path / "more", fresh(remote(server)), **{**QUIET, "until": 4})
+        assert [request.body["prompts"] for request in server.requests] == prompts
+
+
+def test_a_run_that_left_a_batch_out_resumes_exactly(tmp_path):
+    settings = {"until": 3, "limit_val_batches": 0}
+    with Server(Failing(FAULTS["500"][0], 1)) as server:
+        one = run(tmp_path / "one", fresh(remote(server, on_failure="skip_batch")), **settings)
+    with Server(Failing(FAULTS["500"][0], 1)) as server:
+        run(tmp_path / "two", fresh(remote(server, on_failure="skip_batch")), **{**settings, "until": 2})
+        path = tmp_path / "two/checkpoints/last.ckpt"
+        two = run(tmp_path / "two", fresh(remote(server, on_failure="skip_batch")), ckpt_path=path, **settings)
+    assert_same(one, two, tmp_path / "one", tmp_path / "two")
+
+
+def test_it_gives_up_at_the_fifth_in_a_row_and_loses_nothing(tmp_path, whole):
+    with Server(Failing(FAULTS["500"][0], *range(1, 99))) as server:
+        with pytest.raises(RewardFailure, match=r"answered 500.*\(5 batches in a row\).*is of this moment"):
+            run(tmp_path, fresh(remote(server, on_failure="skip_batch")), **QUIET)
+        assert len(server.requests) == 1 + MOST_SKIPPED == 6
+    with Server(healthy) as server:
+        resumed = run(tmp_path, fresh(remote(server)), ckpt_path=tmp_path / "checkpoints/last.ckpt", **QUIET)
+    assert_same(whole[0], resumed, whole[1], tmp_path)
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "skip_batch"])
+def test_a_batch_of_the_validation_is_left_out(trainer, caplog, on_failure):
+    """Requests of an iteration: 8 training completions, then 2 validation batches."""
+    def broken_second_batch(body):
+        return Answer(500) if body["prompts"] == list(Prompts.texts[2:4]) else healthy(body)
+
+    rows = []
+    for answer in (healthy, broken_second_batch):
+        with Server(answer) as server:
+            ppo = tiny_ppo(reward=remote(server, on_failure=on_failure))
+            watch = fit(trainer, ppo, data=Prompts(validation=True), max_epochs=1)
+        rows.append([row for row in watch.samples if row["split"] == "validation"])
+    assert rows[1] == rows[0][:2]
+    assert "a batch of the validation is left out: reward.url: POST" in caplog.text
+
+
+def test_a_left_out_batch_of_the_validation_moves_no_random_number(trainer):
+    def broken_first_batch(body):
+        return Answer(500) if body["prompts"] == list(Prompts.texts[:2]) else healthy(body)
+
+    samples = []
+    for answer in (healthy, broken_first_batch):
+        with Server(answer) as server:
+            watch = fit(trainer, tiny_ppo(reward=remote(server)), data=Prompts(validation=True), max_epochs=1)
+        samples.append([row["completion"] for row in watch.samples if row["split"] == "validation"])
+    assert samples[1] == samples[0][2:]
+
+
+def test_before_training_a_reward_that_stops_ends_the_validation(trainer):
+    with Server(lambda body: Answer(500)) as server:
+        for on_failure in ("stop", "skip_batch"):
+            validation = trainer()
+            settings = {"datamodule": Prompts(validation=True), "verbose": False}
+            if on_failure == "stop":
+                with pytest.raises(RewardFailure, match="answered 500"):
+                    validation.validate(tiny_ppo(reward=remote(server)), **settings)
+            else:
+                validation.validate(tiny_ppo(reward=remote(server, on_failure=on_failure)), **settings)
+
+
+def test_a_judge_may_leave_a_batch_out(trainer):
+    count = 0
+
+    def chat(body):
+        nonlocal count
+        count += 1
+        return Answer(500) if count <= 8 else {"choices": [{"message": {"content": "Score: 5"}}]}
+
+    with Server(chat) as server:
+        judge = JudgeReward(base_url=server.url, model="m", rubric="r", retries=0, on_failure="skip_batch")
+        watch = fit(trainer, tiny_ppo(reward=judge), max_epochs=1)
+    assert watch.rows[0]["rollout/skipped_batches"] >= 1
+    assert watch.rows[0]["objective/scores"] == pytest.approx(4 / 9)
+
+
+@pytest.mark.parametrize("kind", [RemoteReward, JudgeReward])
+def test_another_way_to_fail_is_refused(kind):
+    where = {"url": "http://x"} if kind is RemoteReward else {"base_url": "http://x", "model": "m", "rubric": "r"}
+    with pytest.raises(UserError, match=r"reward\.on_failure must be one of stop, skip_batch, got 'ignore'"):
+        kind(**where, on_failure="ignore")
+
+
+def test_a_nan_of_a_users_own_reward_stops_with_a_checkpoint(tmp_path):
+    def own(prompts, completions, **columns):
+        return [float("nan")] * len(completions)
+
+    with pytest.raises(RewardFailure, match=r"reward 'own' returned nan for sample 0 \(prompt .*is of this moment"):
+        run(tmp_path, fresh(own), **QUIET)
+    own.on_failure = "skip_batch"  # whatever is called may say so
+    with pytest.raises(RewardFailure, match=r"5 batches in a row"):
+        run(tmp_path / "skip", fresh(own), **QUIET)
+
+
+def test_a_mistake_in_a_reward_names_the_sample_and_leaves_a_checkpoint(tmp_path):
+    seen = []
+
+    def careless(prompts, completions, **columns):
+        scores = []
+        for text in completions:
+            if len(scores) == 3:
+                seen.append(text)
+                raise KeyError("missing")
+            scores.append(1.0)
+        return scores
+
+    with pytest.raises(KeyError, match="missing") as caught:
+        run(tmp_path, fresh(careless), **QUIET)
+    first, second = caught.value.__notes__
+    assert first.startswith("The reward 'careless' raised this for sample 3 (prompt '")
+    assert f"completion {seen[0][:80]!r})" in first
+    assert f"{tmp_path}/checkpoints/last.ckpt is of this moment" in second
+    assert caught.traceback[-1].name == "careless"
+
+
+def test_where_no_variable_holds_a_sample_the_first_one_is_named(tmp_path):
+    def vectorised(prompts, completions, **columns):
+        raise ZeroDivisionError
+
+    composite = CompositeReward(rewards={"mine": vectorised}, weights={"mine": 1.0})
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(tmp_path, fresh(composite), **QUIET)
+    assert caught.value.__notes__[0].startswith(
+        "The reward 'vectorised' raised this for one of 6 samples, of which the first is sample 0 (prompt '"
+    )
+
+
+def test_the_innermost_frame_counts():
+    texts = ["".join(["a", str(i)]) for i in range(4)]
+
+    def inner(text):
+        raise ValueError
+
+    def outer(completions):
+        other = completions[0]
+        return [inner(text) for text in completions[2:] if other]
+
+    with pytest.raises(ValueError, match=r"^$") as caught:
+        outer(texts)
+    assert sample_in_hand(caught.value.__traceback__, texts) == 2
+    assert sample_in_hand(None, texts) is None
+
+
+def test_rows_of_before_stay(tmp_path):
+    with Server(Failing(FAULTS["500"][0], *range(2, 99))) as server, pytest.raises(RewardFailure):
+        run(tmp_path, fresh(remote(server)), **QUIET)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        assert [row["iteration"] for row in csv.DictReader(file)] == ["1", "2"]
