@@ -1,28 +1,50 @@
-"""Prompts from files and from Hugging Face datasets."""
+"""Prompts, completions and preferences from files and from Hugging Face datasets."""
 
 import glob
-import json
+import logging
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.utils.data import ConcatDataset, Subset
 
-from lit_rlhf.checks import check_int, check_number
+from lit_rlhf.checks import check_bool, check_int, check_number, check_text
 from lit_rlhf.data.base import PromptsData, Row
 from lit_rlhf.data.prompts import prompt_problem
+from lit_rlhf.data.text_files import Line, infer, opened, read_csv, read_jsonl
 from lit_rlhf.errors import UserError
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("jsonl", "csv", "parquet", "hf")
 #: Which arguments only one kind of format reads.
 _HF_ONLY, _FILES_ONLY = ("split", "subset", "val_split"), ("val_path",)
+_EXAMPLES = 3  # of bad rows that were left out
+
+
+def _number_problem(value: Any) -> str | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return None if number else f"must be a finite number, got {value!r:.80}"
+
+
+def _bool_problem(value: Any) -> str | None:
+    return None if isinstance(value, bool) else f"must be true or false, got {value!r:.80}"
+
+
+#: What `data.types` can ask of a column -> what keeps a value from being that, as the end of a sentence.
+TYPES: dict[str, Callable[[Any], str | None]] = {
+    "text": prompt_problem,
+    "number": _number_problem,
+    "bool": _bool_problem,
+}
 
 
 class Table(NamedTuple):
-    """The rows of one file or split.
+    """The good rows of one file or split.
 
     Attributes:
         name: the file, or the split of which dataset, for messages.
@@ -35,24 +57,58 @@ class Table(NamedTuple):
     columns: list[str]
 
 
+class BadRows:
+    """What to do with rows that cannot be used: the first one ends the run, or all are left out and counted.
+
+    Args:
+        strict: whether the first one ends the run.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.count = 0
+        self.examples: list[str] = []
+
+    def add(self, message: str) -> None:
+        """Raises UserError with the message if they are not to be left out."""
+        if self.strict:
+            raise UserError(f"{message}. Mend it, or leave bad rows out with data.strict=false")
+        self.count += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(message)
+
+    def warn(self) -> None:
+        """Says how many were left out, and which."""
+        if self.count:
+            more = "; ..." if self.count > len(self.examples) else ""
+            log.warning("data.strict=false: left out %d bad rows: %s%s", self.count, "; ".join(self.examples), more)
+
+
 class DatasetPrompts(PromptsData):
     """Prompts in files or in a Hugging Face dataset. Batches: `prompt`, a list, and a list for each other column.
 
-    A prompt is a text, or a chat: a list of messages `{"role": ..., "content": ...}`. Every prompt is checked once, at
+    A prompt is a text, or a chat: a list of messages `{"role": ..., "content": ...}`. Every row is checked once, at
     `setup`. Where nothing is held out, there is no validation.
 
     Args:
-        format: `jsonl` (an object on every line), `csv` (with a header), `parquet`, or `hf`. All but `jsonl` need the
-            package `datasets`, whose cache they share.
+        format: `jsonl` (an object on every line), `csv` (with a header; a column of numbers or of true and false
+            becomes such, a blank None), `parquet`, or `hf`. The last two need the package `datasets`, whose cache they
+            share. Files of the first two are read into memory.
         path: a file, a glob pattern (`**` for folders in folders) or a list of those. With `hf` a dataset's name on the
             hub, a folder with such a dataset, or a folder that `save_to_disk` wrote.
         split: of the training prompts. `hf` only.
         subset: which configuration of the dataset; None where it has one. `hf` only.
-        prompt_column: the column of the prompts; batches call it `prompt`.
+        prompt_column: the column of the prompts; batches call it `prompt`. None: there are no prompts, as in texts for
+            SFT.
         columns: names of the other columns that batches hold; None: all, but for another one called `prompt`.
         batch_size: prompts in a batch.
         shuffle: in training, a new order in every pass.
-        limit: read only the first so many rows, of training and held-out prompts each, before any fraction is taken.
+        types: what the values of other columns must be, by their names: `text` (as a prompt: a chat, too, but never
+            empty), `number` or `bool`; None: anything.
+        strict: a row that cannot be used, or of the wrong type, ends the run. False: such rows are left out, and one
+            warning says how many and which.
+        limit: read only the first so many good rows, of training and held-out prompts each, before any fraction is
+            taken.
         val_path: files of the held-out prompts. Not with `hf`.
         val_split: the split of the held-out prompts. `hf` only.
         val_fraction: this share of the rows, at least one, is held out; between 0 and 1.
@@ -60,7 +116,7 @@ class DatasetPrompts(PromptsData):
 
     Raises:
         UserError: a bad argument; at `setup`: `datasets` is not installed; a file, split or column that does not exist;
-            a file without rows or one that cannot be read; a prompt that is empty or neither text nor chat.
+            a file without rows or one that cannot be read; a bad row, or none that is good.
     """
 
     def __init__(
@@ -70,8 +126,10 @@ class DatasetPrompts(PromptsData):
         path: str | list[str],
         split: str | None = None,
         subset: str | None = None,
-        prompt_column: str = "prompt",
+        prompt_column: str | None = "prompt",
         columns: list[str] | None = None,
+        types: dict[str, str] | None = None,
+        strict: bool = True,
         batch_size: int = 8,
         shuffle: bool = True,
         limit: int | None = None,
@@ -98,8 +156,13 @@ class DatasetPrompts(PromptsData):
         self.path = path
         self.split = split
         self.subset = subset
-        self.prompt_column = prompt_column
+        self.prompt_column = None if prompt_column is None else check_text("data.prompt_column", prompt_column)
         self.columns = columns
+        for name, kind in (types or {}).items():
+            if kind not in TYPES:
+                raise UserError(f"data.types.{name}={kind!r}: there is no such type; choose from {', '.join(TYPES)}")
+        self.types = dict(types or {})
+        self.strict = check_bool("data.strict", strict)
         self.limit = None if limit is None else check_int("data.limit", limit, at_least=1)
         self.val_path = val_path
         self.val_split = val_split
@@ -111,28 +174,114 @@ class DatasetPrompts(PromptsData):
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002  (Lightning's signature)
         if self.train_rows:  # Lightning calls this for the first validation and again for the fit
             return
-        train, held_out = self._read()
+        bad = BadRows(self.strict)
+        train, held_out = self._read(bad)
         self._passed_on = self._find_columns([*train, *held_out])
-        rows = self._checked_rows(train)
+        bad.warn()
+        rows = ConcatDataset([table.rows for table in train])
         if self.val_fraction is None:
-            self.train_rows, self.held_out_rows = rows, self._checked_rows(held_out)
+            self.train_rows = rows
+            self.held_out_rows = ConcatDataset([table.rows for table in held_out]) if held_out else []
         else:
             self.train_rows, self.held_out_rows = self._hold_out(rows, self.val_fraction)
 
     def collate(self, rows: list[Row]) -> dict[str, list[Any]]:
         columns = {name: [row.get(name) for row in rows] for name in self._passed_on}
+        if self.prompt_column is None:
+            return columns
         return {"prompt": [row[self.prompt_column] for row in rows], **columns}
 
-    def _read(self) -> tuple[list[Table], list[Table]]:
+    def _read(self, bad: BadRows) -> tuple[list[Table], list[Table]]:
         """The tables of the training prompts and of those held out."""
         if self.format == "hf":
             splits = load_splits(self.path, self.subset)
-            train = pick_split(splits, "data.split", self.split, self.path)
+            train = [self._pick_split(splits, "data.split", self.split, bad)]
             if self.val_split is None:
-                return [train], []
-            return [train], [pick_split(splits, "data.val_split", self.val_split, self.path)]
-        train = read_files(self.format, "data.path", self.path)
-        return train, [] if self.val_path is None else read_files(self.format, "data.val_path", self.val_path)
+                return train, []
+            return train, [self._pick_split(splits, "data.val_split", self.val_split, bad)]
+        train = self._read_files("data.path", self.path, bad)
+        return train, [] if self.val_path is None else self._read_files("data.val_path", self.val_path, bad)
+
+    def _pick_split(self, splits: Mapping[str, Any], key: str, split: str | None, bad: BadRows) -> Table:
+        if split not in splits:
+            raise UserError(f"{key}={split}: {self.path} has no such split; choose from {', '.join(splits)}")
+        table = self._check_dataset(splits[split], key, f"{self.path}, split {split}", self.limit, bad)
+        return require_rows(key, split, [table], bad)[0]
+
+    def _read_files(self, key: str, path: str | list[str], bad: BadRows) -> list[Table]:
+        """A table for each file, up to the limit."""
+        tables: list[Table] = []
+        for file in find_files(key, path):
+            left = None if self.limit is None else self.limit - sum(len(table.rows) for table in tables)
+            if left == 0:
+                break
+            tables.append(self._read_file(key, file, left, bad))
+        return require_rows(key, path, tables, bad)
+
+    def _read_file(self, key: str, file: Path, limit: int | None, bad: BadRows) -> Table:
+        if self.format == "parquet":
+            with opened(file, key, self.format):  # refuses what cannot be read
+                pass
+            # Escaped, for `datasets` would take a name with brackets for a pattern
+            rows = _load(f"{key}: {file}", "parquet", data_files=glob.escape(str(file)), split="train")
+            return self._check_dataset(rows, key, str(file), limit, bad)
+        with opened(file, key, self.format) as stream:
+            lines = read_jsonl(stream) if self.format == "jsonl" else read_csv(stream, key, file)
+            if (first := next(lines, None)) is None:
+                raise UserError(f"{key}: {file} has no rows")
+            if self.format == "csv" and first.row is not None:
+                self._require_prompts(str(file), list(first.row))
+            found = self._good_rows(chain([first], lines), key, str(file), "line", limit, bad)
+            rows = [row for _, row in found]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        if self.format == "csv":
+            texts = {self.prompt_column, *self.types}  # those with a type were converted row by row
+            for name in set(columns) - texts:
+                for row, value in zip(rows, infer([row[name] for row in rows]), strict=True):
+                    row[name] = value
+        return Table(str(file), rows, columns)
+
+    def _check_dataset(self, rows: Any, key: str, name: str, limit: int | None, bad: BadRows) -> Table:
+        """A table of `datasets`, without its bad rows."""
+        if not len(rows):
+            raise UserError(f"{key}: {name} has no rows")
+        self._require_prompts(name, rows.column_names)
+        lines = (Line(number, row) for number, row in enumerate(rows, start=1))
+        kept = [number - 1 for number, _ in self._good_rows(lines, key, name, "row", limit, bad)]
+        return Table(name, Subset(rows, kept), rows.column_names)
+
+    def _require_prompts(self, name: str, columns: list[str]) -> None:
+        if self.prompt_column is not None and self.prompt_column not in columns:
+            has = f"it has {', '.join(columns)}"
+            raise UserError(f"data.prompt_column={self.prompt_column}: {name} has no such column; {has}")
+
+    def _good_rows(
+        self, lines: Iterator[Line], key: str, name: str, unit: str, limit: int | None, bad: BadRows
+    ) -> Iterator[tuple[int, Row]]:
+        """The rows that can be used, with their numbers, up to the limit."""
+        count = 0
+        for number, row, problem in lines:
+            if problem := problem or self._problem(row):
+                bad.add(f"{key}: {name}, {unit} {number}: {problem}")
+                continue
+            yield number, row
+            count += 1
+            if count == limit:
+                return
+
+    def _problem(self, row: Row) -> str | None:
+        """What keeps a row from being used."""
+        column = self.prompt_column
+        if column is not None and column not in row:
+            return f"no column {column!r} (data.prompt_column); it has {', '.join(row) or 'none'}"
+        if column is not None and (problem := prompt_problem(row[column])):
+            return f"column {column!r} {problem}"
+        for name, kind in self.types.items():
+            if self.format == "csv" and name in row and kind != "text":
+                row[name] = infer([row[name]])[0]
+            if problem := TYPES[kind](row.get(name)):
+                return f"column {name!r} {problem}"
+        return None
 
     def _find_columns(self, tables: list[Table]) -> list[str]:
         """The names of the columns to pass on, which every table must have."""
@@ -142,25 +291,10 @@ class DatasetPrompts(PromptsData):
             every = dict.fromkeys(name for table in tables for name in table.columns)
             names = [name for name in every if name not in (self.prompt_column, "prompt")]
         for table in tables:
-            has = f"it has {', '.join(table.columns)}"
-            if self.prompt_column not in table.columns:
-                raise UserError(f"data.prompt_column={self.prompt_column}: {table.name} has no such column; {has}")
             if missing := [name for name in names if name not in table.columns]:
+                has = f"it has {', '.join(table.columns)}"
                 raise UserError(f"data.columns: {table.name} has no column {missing[0]!r}; {has}{hint}")
         return names
-
-    def _checked_rows(self, tables: list[Table]) -> Sequence[Row]:
-        """The rows of all tables up to the limit."""
-        parts = []
-        for table in tables:
-            left = len(table.rows) if self.limit is None else self.limit - sum(map(len, parts))
-            parts.append(Subset(table.rows, range(min(left, len(table.rows)))))
-            for number, row in enumerate(islice(table.rows, len(parts[-1])), start=1):
-                if problem := prompt_problem(row.get(self.prompt_column)):
-                    raise UserError(
-                        f"data.prompt_column={self.prompt_column}: the prompt in row {number} of {table.name} {problem}"
-                    )
-        return ConcatDataset(parts) if parts else []
 
     def _hold_out(self, rows: Sequence[Row], fraction: float) -> tuple[Sequence[Row], Sequence[Row]]:
         count = max(1, round(fraction * len(rows)))
@@ -169,6 +303,13 @@ class DatasetPrompts(PromptsData):
         held_out = set(random.Random(self.seed).sample(range(len(rows)), count))
         left = [number for number in range(len(rows)) if number not in held_out]
         return Subset(rows, left), Subset(rows, sorted(held_out))
+
+
+def require_rows(key: str, path: str | list[str] | None, tables: list[Table], bad: BadRows) -> list[Table]:
+    """The tables that have rows; raises UserError if there is none."""
+    if not (kept := [table for table in tables if len(table.rows)]):
+        raise UserError(f"{key}={path}: no row is good: {'; '.join(bad.examples)}")
+    return kept
 
 
 def find_files(key: str, path: str | list[str]) -> list[Path]:
@@ -191,56 +332,6 @@ def find_files(key: str, path: str | list[str]) -> list[Path]:
     return list(found)
 
 
-def read_files(format: str, key: str, path: str | list[str]) -> list[Table]:
-    """A table for each file.
-
-    Raises:
-        UserError: there is no file, or one has no rows or cannot be read.
-    """
-    tables = []
-    for file in find_files(key, path):
-        if not file.stat().st_size:
-            raise UserError(f"{key}: {file} is empty")
-        if format == "jsonl":
-            rows = read_jsonl(file, key)
-            columns = list(dict.fromkeys(name for row in rows for name in row))
-        else:
-            # Escaped, for `datasets` would take a name with brackets for a pattern
-            rows = _load(f"{key}: {file}", format, data_files=glob.escape(str(file)), split="train")
-            columns = rows.column_names
-            if "__index_level_0__" in columns:  # to pandas, a field before the header's first is the row's name
-                raise UserError(
-                    f"{key}: the rows of {file} have more fields than its header; a text with a comma needs quotes"
-                )
-        if not len(rows):
-            raise UserError(f"{key}: {file} has no rows")
-        tables.append(Table(str(file), rows, columns))
-    return tables
-
-
-def read_jsonl(file: Path, key: str) -> list[Row]:
-    """The objects of a JSON Lines file; blank lines are skipped.
-
-    Not by `datasets`, which turns a text such as "2024-01-01" into a date, gives nested objects each other's keys, and
-    does not tell the line of a mistake.
-
-    Raises:
-        UserError: a line is no JSON object; names it and the config ``key``.
-    """
-    rows = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{key}: {file}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{key}: {file}, line {number} is not a JSON object: {str(row)[:60]}")
-        rows.append(row)
-    return rows
-
-
 def load_splits(path: str, subset: str | None) -> dict[str, Any]:
     """The splits of a dataset on the hub, of a folder with one, or of a folder that `save_to_disk` wrote.
 
@@ -256,17 +347,6 @@ def load_splits(path: str, subset: str | None) -> dict[str, Any]:
         raise UserError(f"data.subset={subset}: the folder {path} was written by save_to_disk, so it has no subsets")
     stored = _load(f"data.path={path}", path, from_disk=True)
     return stored if saved[0] == "dataset_dict.json" else {"train": stored}
-
-
-def pick_split(splits: dict[str, Any], key: str, split: str | None, path: str) -> Table:
-    """One of the splits.
-
-    Raises:
-        UserError: there is no such split.
-    """
-    if split not in splits:
-        raise UserError(f"{key}={split}: {path} has no such split; choose from {', '.join(splits)}")
-    return Table(f"{path}, split {split}", splits[split], splits[split].column_names)
 
 
 def _load(what: str, *arguments: Any, from_disk: bool = False, **options: Any) -> Any:

@@ -237,7 +237,7 @@ def test_bad_arguments_are_refused_by_name(arguments, message):
         ({"path": "."}, r"data.path=. is a folder; name its files, for example \*"),
         ({"path": 5}, "data.path=5: must be a path or a list of paths"),
         ({"path": []}, r"data.path=\[\]: must be a path or a list of paths"),
-        ({"prompt_column": "text"}, "data.prompt_column=text: good.jsonl has no such column; it has prompt, answer$"),
+        ({"prompt_column": "text"}, r"good.jsonl, line 1: no column 'text' .*; it has prompt, answer\."),
         ({"columns": ["answr"]}, "data.columns: good.jsonl has no column 'answr'; it has prompt, answer"),
         ({"path": "*o*.jsonl"}, r"data.columns: good.jsonl has no column 'extra'; .* \(data.columns=null"),
         ({"val_path": "other.jsonl", "columns": ["answer"]}, "other.jsonl has no column 'answer'"),
@@ -245,8 +245,8 @@ def test_bad_arguments_are_refused_by_name(arguments, message):
         ({"limit": 1, "val_fraction": 0.5}, "data.val_fraction=0.5 of 1 rows leaves none to train on"),
         ({"path": "blank.jsonl"}, "data.path: blank.jsonl has no rows"),
         ({"format": "csv", "path": "header.csv"}, "data.path: header.csv has no rows"),
-        ({"format": "csv", "path": "bad.csv"}, "data.path: bad.csv cannot be loaded: .*Expected 2 fields in line 3"),
-        ({"format": "csv", "path": "comma.csv"}, "data.path: the rows of comma.csv have more fields than .* quotes"),
+        ({"format": "csv", "path": "bad.csv"}, "data.path: bad.csv, line 3: 3 fields, and 2 in the header"),
+        ({"format": "csv", "path": "comma.csv"}, "comma.csv, line 2: 3 fields, and 2 in the header; .* needs quotes"),
         ({"format": "parquet", "path": "bad.csv"}, "data.path: bad.csv cannot be loaded: .*Parquet"),
     ],
 )
@@ -266,14 +266,14 @@ def test_files_that_cannot_be_used_are_named_with_their_key(arguments, message, 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"prompt": oops}', "data.path: b.jsonl, line 3 is not JSON: Expecting value"),
-        ('["a"]', r"data.path: b.jsonl, line 3 is not a JSON object: \['a'\]"),
-        ({"prompt": " "}, "data.prompt_column=prompt: the prompt in row 2 of b.jsonl is empty"),
-        ({"prompt": 5}, "row 2 of b.jsonl is neither a text nor a list of messages: 5"),
-        ({"answer": 5}, "row 2 of b.jsonl is neither a text nor a list of messages: None"),
-        ({"prompt": []}, "row 2 of b.jsonl is neither a text nor a list of messages"),
-        ({"prompt": [{"role": "user", "content": ""}]}, "row 2 of b.jsonl is empty"),
-        ({"prompt": [{"role": "user"}]}, "row 2 of b.jsonl has a message without role and content"),
+        ('{"prompt": oops}', "data.path: b.jsonl, line 3: not JSON: Expecting value"),
+        ('["a"]', r"data.path: b.jsonl, line 3: not a JSON object: \['a'\]"),
+        ({"prompt": " "}, "data.path: b.jsonl, line 3: column 'prompt' is empty. Mend it, or .* data.strict=false"),
+        ({"prompt": 5}, "line 3: column 'prompt' is neither a text nor a list of messages: 5"),
+        ({"answer": 5}, "b.jsonl, line 3: no column 'prompt'.*it has answer"),
+        ({"prompt": []}, "b.jsonl, line 3: column 'prompt' is neither a text nor a list of messages"),
+        ({"prompt": [{"role": "user", "content": ""}]}, "b.jsonl, line 3: column 'prompt' is empty"),
+        ({"prompt": [{"role": "user"}]}, "b.jsonl, line 3: column 'prompt' has a message without role and content"),
     ],
 )
 def test_a_bad_row_is_named_with_its_file(row, message):
@@ -304,12 +304,14 @@ def test_a_dataset_that_cannot_be_used_is_named_with_its_key(arguments, message)
 
 
 def test_without_the_library_the_extra_to_install_is_named(monkeypatch):
-    save("csv")
+    save("parquet")
     write("a.jsonl", {"prompt": "x"})
+    Path("a.csv").write_text("prompt\nx\n")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"data.path: table.csv needs .*pip install 'lit-rlhf\[data\]'"):
-        ready("csv", path="table.csv")
-    assert prompts(ready().train_dataloader()) == ["x"]  # JSON Lines need nothing
+    with pytest.raises(UserError, match=r"data.path: table.parquet needs .*pip install 'lit-rlhf\[data\]'"):
+        ready("parquet", path="table.parquet")
+    for format in ("jsonl", "csv"):  # they need nothing
+        assert prompts(ready(format, path=f"a.{format}").train_dataloader()) == ["x"]
 
 
 # ---- through the command line ---------------------------------------------------------------------------------------
@@ -350,5 +352,5 @@ def test_a_mistake_in_a_file_ends_a_run_with_one_message():
     write("a.jsonl", {"prompt": "x"}, "oops")
     result = run_here("train", *RUN, "data=jsonl", "data.path=a.jsonl", "paths.output_dir=run")
     assert result.code == 1
-    assert "a.jsonl, line 2 is not JSON" in result.err
+    assert "a.jsonl, line 2: not JSON" in result.err
     assert "Traceback" not in result.err
