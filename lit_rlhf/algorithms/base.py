@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
 from lit_rlhf.algorithms.steps import StepGuard
+from lit_rlhf.callbacks.checkpoints import Checkpoints
 from lit_rlhf.checkpoint_io import write_to_files
 from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, shard, whole, world_size
 from lit_rlhf.errors import UserError
@@ -218,15 +219,18 @@ class Algorithm(L.LightningModule):
             raise UserError(f"{self.guard.verdict}. {self.save_state()}")
 
     def save_state(self) -> str:
-        """Writes checkpoints/last.ckpt where the run keeps checkpoints; says so. Every process must call it."""
-        folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
-        if folder is None:
-            return "There is no checkpoint of it: the trainer has no callback that writes any"
-        path = Path(folder) / "last.ckpt"
+        """Writes a checkpoint where the run keeps them; says so. Every process must call it."""
+        callback = self.trainer.checkpoint_callback
         try:
-            self.trainer.save_checkpoint(path)
-        except OSError as error:
-            return f"There is no checkpoint of it: {path} cannot be written ({error})"
+            if isinstance(callback, Checkpoints):
+                path = callback.save(self.trainer, self)
+            elif folder := getattr(callback, "dirpath", None):
+                path = Path(folder) / "last.ckpt"
+                self.trainer.save_checkpoint(path)
+            else:
+                return "There is no checkpoint of it: the trainer has no callback that writes any"
+        except (UserError, OSError) as error:
+            return f"There is no checkpoint of it: {error}"
         return f"The checkpoint {path} is of this moment; ckpt_path={path} goes on from there"
 
     @property

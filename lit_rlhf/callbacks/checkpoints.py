@@ -126,18 +126,19 @@ class Checkpoints(Checkpoint):
         if before_updates or trainer.state.fn != TrainerFn.FITTING:
             raise Preempted
 
-    def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes a checkpoint of now, unless there is one; every process must call it."""
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> Path:
+        """Writes a checkpoint of now, unless there is one, and says where it is; every process must call it."""
         name = self._name(trainer)
+        path = self.folder / name
         if trainer.fast_dev_run or name == self._saved:
-            return
+            return path
         if self._value is not None and self._value[0] == pl_module.axes["iteration"]:
             value = self._value[1]
             best = value if self._best is None else self._best[1]
             if self._best is None or (value > best if self._better == "higher" else value < best):
                 self._best = (name, value)
         try:
-            trainer.save_checkpoint(self.folder / name)
+            trainer.save_checkpoint(path)
         except UserError as error:
             kept = written(self.folder)
             left = f"those before it are as they were, the newest is {kept[0].name}" if kept else "there is no other"
@@ -145,9 +146,10 @@ class Checkpoints(Checkpoint):
         self._saved = name
         if trainer.is_global_zero:
             self._link(name)
-            for path in written(self.folder)[self.keep_last :]:
-                if self._best is None or path.name != self._best[0]:
-                    remove(path)
+            for older in written(self.folder)[self.keep_last :]:
+                if self._best is None or older.name != self._best[0]:
+                    remove(older)
+        return path
 
     def _name(self, trainer: Trainer) -> str:
         """No two states of a run have the same, so that no file is ever written over."""
