@@ -168,20 +168,23 @@ def test_eval_measures_a_run_on_its_held_out_prompts(ppo, monkeypatch):
     monkeypatch.chdir(ppo)
     result = run_here("eval", "run=run", "paths.output_dir=evaluation", "+overrides.sampler.max_new_tokens=5")
     assert result.code == 0, result.err
-    metrics = json.loads((ppo / "evaluation" / "evaluation.json").read_text())
-    assert metrics["val/rollout/response_length"] == 5  # a random model of 259 tokens hardly ever ends by itself
+    evaluation = json.loads((ppo / "evaluation" / "evaluation.json").read_text())
+    length = evaluation["policies"]["policy"]["1"]["rollout/response_length"]
+    assert length == {"value": 5, "low": 5, "high": 5}  # a random model of 259 tokens hardly ever ends by itself
     samples = (ppo / "evaluation" / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["prompt"] for line in samples] == ["A film that", "The plot"]
+    assert [(row["policy"], row["prompt"]) for row in map(json.loads, samples)] == [
+        (policy, prompt) for policy in ("policy", "reference") for prompt in ("A film that", "The plot")
+    ]
 
 
 def test_eval_of_a_run_equals_its_last_validation(ppo, monkeypatch):
     monkeypatch.chdir(ppo)
     assert run_here("eval", "run=run", "paths.output_dir=same").code == 0
-    metrics = json.loads((ppo / "same" / "evaluation.json").read_text())
+    found = json.loads((ppo / "same" / "evaluation.json").read_text())["policies"]["policy"]["1"]
     last = rows(ppo / "run")[-1]
-    for name in ("val/objective/scores", "val/rollout/response_length"):
-        assert metrics[name] == float(last[name])
-    assert metrics["val/objective/kl"] == pytest.approx(float(last["val/objective/kl"]), abs=1e-6)
+    for name in ("objective/scores", "rollout/response_length", "objective/kl"):
+        assert found[name]["value"] == pytest.approx(float(last[f"val/{name}"]), abs=1e-6)
+    assert found["rollout/eos_rate"] == float(last["val/rollout/eos_rate"])
 
 
 def test_eval_of_no_run_says_so(folder):

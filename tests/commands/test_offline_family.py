@@ -68,4 +68,5 @@ def test_ilqls_export_is_sampled_from_and_evaluated_by_another_runs_reward():
         "eval", "run=ppo", "checkpoint=null", f"+overrides.policy={policy}", "paths.output_dir=evaluated"
     )
     assert evaluated.code == 0, evaluated.err
-    assert json.loads(Path("evaluated/evaluation.json").read_text())["val/objective/kl"] == 0
+    found = json.loads(Path("evaluated/evaluation.json").read_text())["policies"]
+    assert found["policy"]["1"]["objective/kl"]["value"] == 0
