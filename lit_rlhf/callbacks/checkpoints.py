@@ -101,19 +101,26 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return  # the step is not done
-        # Each process may or may not have got the signal.
-        stop = trainer.strategy.reduce_boolean_decision(asked_to_stop(), all=False)
+        stop = self._asked_to_stop(trainer)
         due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
         ends_epoch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self._due_at_end(trainer)
         if stop or (due and not ends_epoch):
             self.save(trainer, pl_module)
-        if stop:
+        if stop and not ends_epoch:
             raise Preempted
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after the algorithm's own hook, as Lightning does for callbacks of this kind."""
-        if self._due_at_end(trainer):
+        stop = self._asked_to_stop(trainer)
+        if stop or self._due_at_end(trainer):
             self.save(trainer, pl_module)
+        if stop:
+            raise Preempted
+
+    @staticmethod
+    def _asked_to_stop(trainer: Trainer) -> bool:
+        """Whether any process was, for a signal may reach only one of them."""
+        return trainer.strategy.reduce_boolean_decision(asked_to_stop(), all=False)
 
     def _due_at_end(self, trainer: Trainer) -> bool:
         return self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0

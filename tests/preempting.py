@@ -1,0 +1,36 @@
+"""A callback that sends a run a signal at a chosen moment."""
+
+import os
+import signal
+
+import lightning as L
+
+from lit_rlhf.distributed import rank
+
+
+class Strike(L.Callback):
+    """Sends ``name`` before the optimiser step after ``step``, or in the rollout phase ``phase`` after it.
+
+    To this process, or to ``pid``; of several processes only the last one does. ``step=None`` is validation before
+    training, ``export`` the export.
+    """
+
+    def __init__(self, *, name="SIGTERM", step=None, phase=None, pid=None):
+        self.name, self.step, self.phase, self.pid = name, step, phase, pid
+
+    def strike(self):
+        os.kill(self.pid or os.getpid(), getattr(signal, self.name))
+        self.step = self.phase = "struck"
+
+    def on_train_batch_start(self, trainer, *_):
+        if self.phase is None and trainer.global_step == self.step and rank() == trainer.world_size - 1:
+            self.strike()
+
+    def on_phase(self, trainer, _module, phase, done, _whole):
+        fitting = trainer.global_step if trainer.state.fn == "fit" else None
+        if (phase, fitting) == (self.phase, self.step) and (done or phase != "rollout"):
+            self.strike()
+
+    def on_fit_end(self, *_):
+        if self.phase == "export":
+            self.strike()

@@ -1,0 +1,193 @@
+"""A signal asks a run to stop: it does, with a checkpoint, and the same command ends where it would have ended."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import TINY, environment, run_here
+from wandb_file import runs
+
+from lit_rlhf.preemption import PREEMPTED
+
+#: Three iterations of four steps.
+RUN = [*TINY, "algorithm.ppo_epochs=2", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2", "ckpt_path=auto"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_here("train", *RUN, f"paths.output_dir={folder}").code == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(*more, run="cut", strike=None):
+    given = [f"+callbacks.strike.{key}={value}" for key, value in (strike or {}).items()]
+    target = ["+callbacks.strike._target_=preempting.Strike"] if strike else []
+    return run_here("train", *RUN, f"paths.output_dir={run}", *target, *given, *more)
+
+
+def rows(run):
+    with open(f"{run}/metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("time/") and "per_second" not in k}
+                for row in csv.DictReader(file)]  # fmt: skip
+
+
+def assert_same(one, two="cut"):
+    assert rows(one) == rows(two)
+    assert Path(one, "samples.jsonl").read_text() == Path(two, "samples.jsonl").read_text()
+    weights = [Path(run, "model", "model.safetensors").read_bytes() for run in (one, two)]
+    assert weights[0] == weights[1]
+
+
+def summary(run="cut"):
+    return json.loads(Path(run, "summary.json").read_text())
+
+
+def last(run="cut"):
+    return torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 5), ("SIGINT", 7), ("SIGUSR1", 11)])
+def test_a_signal_ends_the_run_after_its_step_and_the_same_command_continues(whole, name, step):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    """In the middle of an iteration; in the last step of one, which is then finished; in the last one of the run."""
+    result = start(strike={"name": name, "step": step})
+    assert result.code == PREEMPTED == 75, result.err
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert (summary()["status"], summary()["iteration"]) == ("preempted", (step + 1) // 4)
+    assert (last()["global_step"], last()["lit_rlhf"]["loader"]["position"]) == (step + 1, (step + 1) % 4)
+    assert not Path("cut/model").exists()
+    assert start().code == 0
+    assert summary()["status"] == "completed"
+    assert_same(whole)
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "saved"),
+    [("rollout", 4, 4), ("anchor", 8, 8), ("rollout", 0, None), ("anchor", "null", None)],
+)
+def test_in_a_rollout_the_run_ends_at_once_for_it_will_be_drawn_again(whole, phase, step, saved):
+    """The checkpoint of the iteration before is that of this one's start; before the first there is nothing to keep."""
+    assert start(strike={"phase": phase, "step": step}).code == PREEMPTED
+    assert summary()["status"] == "preempted"
+    assert Path("cut/checkpoints").exists() == (saved is not None)
+    if saved:
+        assert last()["global_step"] == saved
+    assert start().code == 0
+    assert_same(whole)
+
+
+def test_without_a_checkpoint_of_its_start_a_rollout_is_finished_first(whole):
+    rare = "callbacks.checkpoint.every_n_epochs=3"
+    assert start(rare, strike={"phase": "rollout", "step": 4}).code == PREEMPTED
+    assert last()["global_step"] == 5
+    assert start(rare).code == 0
+    assert_same(whole)
+
+
+def test_a_signal_in_the_last_moments_changes_nothing_for_a_single_run():
+    assert start(strike={"phase": "export", "step": -1}).code == 0
+    assert summary()["status"] == "completed"
+
+
+def test_wandb_is_told_that_the_run_is_preempting():
+    assert start("logger=csv_wandb", strike={"step": 5}).code == PREEMPTED
+    assert start("logger=csv_wandb").code == 0
+    first, second = runs(Path("cut"))
+    assert [any(record.HasField("preempting") for record in run.records) for run in (first, second)] == [True, False]
+    assert (first.exit_code, first.summary["status"], first.alerts) == (1, "preempted", {})
+    assert (second.exit_code, second.summary["status"]) == (0, "completed")
+    assert [row["iteration"] for row in second.history if "objective/kl" in row] == [2, 3]
+
+
+def test_a_multirun_stops_with_its_job():
+    strike = ["+callbacks.strike._target_=preempting.Strike", "+callbacks.strike.step=5"]
+    result = run_here("train", "-m", *RUN, *strike, "seed=0,1", "hydra.sweep.dir=sweep")
+    assert result.code == PREEMPTED
+    assert Path("sweep/0/summary.json").exists()
+    assert not Path("sweep/1").exists()
+
+
+PIPELINE = """
+# @package _global_
+stages:
+  one: [{stage}]
+  two: [{stage}]
+"""
+
+
+def test_a_pipeline_stops_between_its_stages_too_and_the_same_command_ends_it(whole):
+    stage = ", ".join(json.dumps(override) for override in [*RUN[:-1], "optimized_metric=null"])
+    Path("conf/experiment").mkdir(parents=True)
+    Path("conf/experiment/signals.yaml").write_text(PIPELINE.format(stage=stage))
+
+    def pipeline(*more):
+        return run_here("pipeline", "--config-dir=conf", "experiment=signals", "paths.output_dir=cut", *more)
+
+    strike = "callbacks.strike={_target_: preempting.Strike, step: %s, phase: %s}"
+    assert pipeline("one." + strike % (-1, "export")).code == PREEMPTED
+    assert summary("cut/one")["status"] == "completed"
+    assert not Path("cut/two").exists()
+    assert pipeline("two." + strike % (5, "null")).code == PREEMPTED
+    assert summary("cut/two")["status"] == "preempted"
+    assert pipeline().code == 0
+    for stage in ("one", "two"):
+        assert_same(whole, f"cut/{stage}")
+
+
+@pytest.mark.parametrize("to", ["one of them", "their parent"])
+def test_of_several_processes_all_stop_at_the_same_step_whoever_got_the_signal(to):
+    two = ["trainer=ddp", "trainer.devices=2", "trainer.limit_val_batches=0"]
+    parent = {"pid": os.getpid()} if to == "their parent" else {}
+    result = start(*two, strike={"step": 5, **parent})
+    assert result.code == PREEMPTED, result.err
+    assert summary()["status"] == "preempted"
+    stopped = last()["global_step"]
+    assert stopped == 6 if to == "one of them" else 6 <= stopped < 12  # the parent is another process
+    assert start(*two).code == start(*two, run="two").code == 0
+    assert_same("two")
+
+
+SECOND = """
+import signal, sys, time
+from lit_rlhf.preemption import asked_to_stop, listening
+number = getattr(signal, sys.argv[1])
+with listening():
+    assert not asked_to_stop()
+    with listening():
+        signal.raise_signal(number)
+    assert asked_to_stop()
+    signal.raise_signal(number)  # the same one again, from a parent
+    print("alive", flush=True)
+    time.sleep(1.1)
+    signal.raise_signal(number)
+    print("still alive", flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_second_signal_ends_the_process_at_once(name):
+    result = subprocess.run([sys.executable, "-c", SECOND, name], env=environment(), capture_output=True, text=True)
+    assert result.returncode == -getattr(signal, name)
+    assert result.stdout == "alive\n"
+    assert f"{name}: stopping after this step" in result.stderr
+
+
+def test_an_ignored_signal_stays_ignored():
+    script = SECOND.replace("with listening()", "signal.signal(number, signal.SIG_IGN)\nwith listening()", 1)
+    script = script.replace("assert asked", "assert not asked")
+    result = subprocess.run([sys.executable, "-c", script, "SIGINT"], env=environment(), capture_output=True, text=True)
+    assert result.stdout == "alive\nstill alive\n", result.stderr
