@@ -130,18 +130,18 @@ stages:
 
 
 def test_a_pipeline_stops_between_its_stages_too_and_the_same_command_ends_it(whole):
-    stage = ", ".join(json.dumps(override) for override in [*RUN[:-1], "optimized_metric=null"])
+    strike = ["+callbacks.strike._target_=preempting.Strike", "+callbacks.strike.step=null"]
+    stage = ", ".join(map(json.dumps, [*RUN[:-1], *strike, "+callbacks.strike.phase=null"]))
     Path("conf/experiment").mkdir(parents=True)
     Path("conf/experiment/signals.yaml").write_text(PIPELINE.format(stage=stage))
 
     def pipeline(*more):
         return run_here("pipeline", "--config-dir=conf", "experiment=signals", "paths.output_dir=cut", *more)
 
-    strike = "callbacks.strike={_target_: preempting.Strike, step: %s, phase: %s}"
-    assert pipeline("one." + strike % (-1, "export")).code == PREEMPTED
+    assert pipeline("one.callbacks.strike.phase=export").code == PREEMPTED
     assert summary("cut/one")["status"] == "completed"
     assert not Path("cut/two").exists()
-    assert pipeline("two." + strike % (5, "null")).code == PREEMPTED
+    assert pipeline("two.callbacks.strike.step=5").code == PREEMPTED
     assert summary("cut/two")["status"] == "preempted"
     assert pipeline().code == 0
     for stage in ("one", "two"):
