@@ -87,10 +87,11 @@ class Checkpoints(Checkpoint):
                 remove(path)
             for path in self.folder.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            if self._best is not None and not (self.folder / self._best[0]).exists():
-                self._best = None  # the run continues in another folder than it began in
-            self._link(self._saved)
+        if self._best is not None and not (self.folder / self._best[0]).exists():
+            self._best = None  # the run continues in another folder than it began in
         self._best = trainer.strategy.broadcast(self._best)
+        if trainer.is_global_zero and self.folder.is_dir():
+            self._link(self._saved)
 
     def on_row(self, trainer: Trainer, pl_module: LightningModule, row: Mapping[str, float]) -> None:
         """Called by the algorithm with each row that it logs."""

@@ -23,6 +23,7 @@ _OWN = {
     ],
     "a2c": ["policy.lora={r: 4, lora_alpha: 8, target_modules: all-linear}"],
     "grpo": ["algorithm.target_kl=0.001"],
+    "raft": ["algorithm.minibatch_size=8"],
 }  # fmt: skip
 
 

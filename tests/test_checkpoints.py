@@ -1,0 +1,287 @@
+"""Which checkpoints a run writes and keeps, and which one it continues from."""
+
+import csv
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import TINY, run_here
+from lightning.pytorch.callbacks import ModelCheckpoint
+from ppo_runs import make
+from tiny import Prompts
+
+from lit_rlhf.algorithms import PPO
+from lit_rlhf.callbacks import Checkpoints
+from lit_rlhf.callbacks.checkpoints import written
+from lit_rlhf.checkpoint_io import damage
+from lit_rlhf.errors import UserError
+from lit_rlhf.run_folder import read_metrics
+
+#: Four iterations of two steps.
+RUN = ["train", *TINY, "trainer.max_epochs=4", "trainer.limit_val_batches=0", "ckpt_path=auto", "reward=function",
+       "reward.function=tiny.letters", "optimizer.lr=0.05", "optimized_metric=null"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(folder):
+    return [path.name for path in written(Path(folder))]
+
+
+def fit(trainer, *callbacks, ckpt_path=None, **settings):
+    """Two iterations of four steps."""
+    loop = trainer(callbacks=list(callbacks), enable_checkpointing=True, **{"max_epochs": 2, **settings})
+    loop.fit(make(), datamodule=Prompts(), ckpt_path=ckpt_path)
+
+
+class Seen(Checkpoints):
+    """Notes what is there after every save."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.seen = []
+
+    def save(self, trainer, pl_module):
+        super().save(trainer, pl_module)
+        self.seen.append([name[5:13].lstrip("0") + "/" + name[20:24].lstrip("0") for name in names(self.folder)])
+
+
+def test_checkpoints_come_within_an_epoch_and_at_its_end_and_the_newest_stay(trainer, tmp_path):
+    callback = Seen(dirpath=tmp_path / "c", every_n_steps=2, keep_last=3)
+    fit(trainer, callback)
+    # An epoch's last step has none of its own: that at the epoch's end follows.
+    assert callback.seen == [["2/"], ["4/1", "2/"], ["6/1", "4/1", "2/"], ["8/2", "6/1", "4/1"]]
+    assert (tmp_path / "c" / "last.ckpt").resolve().name == "step=00000008-epoch=0002.ckpt"
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == sorted(
+        ["last.ckpt", *names(tmp_path / "c"), *(f"{name}.sha256" for name in names(tmp_path / "c"))]
+    )
+    assert not any(map(damage, written(tmp_path / "c")))
+
+
+def test_epochs_can_be_left_out(trainer, tmp_path):
+    seldom, within = Seen(dirpath=tmp_path / "a", every_n_epochs=2), Seen(
+        dirpath=tmp_path / "b", every_n_epochs=None, every_n_steps=4, keep_last=1
+    )
+    for callback in (seldom, within):
+        fit(trainer, callback)
+    assert seldom.seen == [["8/2"]]
+    assert within.seen == [["4/"], ["8/1"]]
+
+
+def given(monkeypatch, metric, values):
+    """Every iteration logs its own one of ``values``."""
+    log_row = PPO.log_row
+
+    def patched(self, metrics):
+        log_row(self, {**metrics, metric: values[self.axes["iteration"] - 1]})
+
+    monkeypatch.setattr(PPO, "log_row", patched)
+
+
+@pytest.mark.parametrize(("metric", "values", "best"), [
+    ("objective/scores", [1.0, 3.0, 2.0, 0.0], 2), ("reward_model/loss", [3.0, 1.0, 2.0, 4.0], 2),
+    ("objective/scores", [float("nan"), 1.0, 1.0, 0.0], 2), ("objective/kl", [1.0, 3.0, 2.0, 0.0], None),
+])  # fmt: skip
+def test_the_best_one_stays_in_its_metric_s_direction(trainer, tmp_path, monkeypatch, metric, values, best):
+    given(monkeypatch, metric, values)
+    fit(trainer, Checkpoints(dirpath=tmp_path / "c", keep_last=1, best_by=metric), max_epochs=4)
+    link = tmp_path / "c" / "best.ckpt"
+    assert link.is_symlink() == (best is not None)
+    kept = [16] if best is None else [16, 4 * best]
+    assert [torch.load(path)["global_step"] for path in written(tmp_path / "c")] == kept
+    if best:
+        assert torch.load(link, weights_only=True)["global_step"] == 4 * best
+
+
+def test_the_best_one_survives_a_resume_and_yields_to_a_better_one(trainer, tmp_path, monkeypatch):
+    values = [2.0, 1.0, 1.5, 3.0]
+    given(monkeypatch, "objective/scores", values)
+    settings = {"dirpath": tmp_path / "c", "keep_last": 1, "best_by": "objective/scores"}
+    for epochs, best in ((2, 4), (3, 4), (4, 16)):
+        last = tmp_path / "c" / "last.ckpt"
+        fit(trainer, Checkpoints(**settings), max_epochs=epochs, ckpt_path=last if last.exists() else None)
+        assert torch.load(tmp_path / "c" / "best.ckpt")["global_step"] == best
+    shutil.copy(written(tmp_path / "c")[0], tmp_path / "alone.ckpt")  # elsewhere there is no such file
+    other = Checkpoints(**{**settings, "dirpath": tmp_path / "d"})
+    values.append(0.5)
+    fit(trainer, other, max_epochs=5, ckpt_path=tmp_path / "alone.ckpt")
+    assert torch.load(tmp_path / "d" / "best.ckpt")["global_step"] == 20
+
+
+def test_a_run_that_goes_back_removes_what_came_after(trainer, tmp_path):
+    fit(trainer, Checkpoints(dirpath=tmp_path / "c", keep_last=9), max_epochs=3)
+    (tmp_path / "c" / "step=00000016-epoch=0004.ckpt.tmp").write_text("half")
+    first = written(tmp_path / "c")[-1]
+    fit(trainer, Checkpoints(dirpath=tmp_path / "c", keep_last=9), max_epochs=2, ckpt_path=first)
+    assert names(tmp_path / "c") == ["step=00000008-epoch=0002.ckpt", "step=00000004-epoch=0001.ckpt"]
+    assert not list((tmp_path / "c").glob("*.tmp"))
+
+
+def test_another_callback_s_checkpoints_stay_beside_it(trainer, tmp_path):
+    user = ModelCheckpoint(dirpath=tmp_path / "mine", filename="{step}", save_top_k=1, monitor="step", mode="max")
+    fit(trainer, Checkpoints(dirpath=tmp_path / "c"), user)
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["step=8.ckpt", "step=8.ckpt.sha256"]
+    assert damage(tmp_path / "mine" / "step=8.ckpt") is None
+    assert len(names(tmp_path / "c")) == 2
+
+
+@pytest.mark.parametrize("settings", [{"keep_last": 0}, {"every_n_epochs": 0}, {"every_n_steps": 0}])
+def test_it_refuses_what_makes_no_sense(settings):
+    with pytest.raises(UserError, match=f"Checkpoints: {next(iter(settings))} must be a whole number of at least 1"):
+        Checkpoints(**settings)
+
+
+# ---- ckpt_path ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert run_here(*RUN, f"paths.output_dir={folder}").code == 0
+    return folder
+
+
+def rows(run):
+    with open(f"{run}/metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("time/") and "per_second" not in k}
+                for row in csv.DictReader(file)]  # fmt: skip
+
+
+def model(run):
+    return Path(run, "model", "model.safetensors").read_bytes()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("spoil", [flip, cut])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(whole, spoil):
+    shutil.copytree(whole, "run", symlinks=True)
+    newest = written(Path("run/checkpoints"))[0]
+    spoil(newest)
+    result = run_here(*RUN, "paths.output_dir=run")
+    assert result.code == 0, result.err
+    told = result.out + result.err
+    assert f"{newest} cannot be read as a checkpoint: the SHA-256 of {newest.name} is" in told
+    assert "iteration 4/4" in told
+    assert "iteration 3/4" not in told
+    assert rows("run") == rows(whole)
+    assert model("run") == model(whole)
+    assert not any(map(damage, written(Path("run/checkpoints"))))
+
+
+def test_a_cut_checkpoint_without_a_checksum_is_recognised_too(whole):
+    shutil.copytree(whole, "run", symlinks=True)
+    newest = written(Path("run/checkpoints"))[0]
+    newest.with_name(newest.name + ".sha256").unlink()
+    cut(newest)
+    result = run_here(*RUN, "paths.output_dir=run")
+    assert (result.code, f"{newest} cannot be read as a checkpoint" in result.out + result.err) == (0, True)
+    assert rows("run") == rows(whole)
+
+
+def test_if_every_checkpoint_is_damaged_nothing_begins_anew(whole):
+    shutil.copytree(whole, "run", symlinks=True)
+    for path in written(Path("run/checkpoints")):
+        flip(path)
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    result = run_here(*RUN, "paths.output_dir=run")
+    assert result.code == 1
+    assert "none of the 2 checkpoints in" in result.err
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_damaged_checkpoint_given_by_hand_is_refused(whole, link):
+    shutil.copytree(whole, "run", symlinks=True)
+    newest = written(Path("run/checkpoints"))[0]
+    flip(newest)
+    path = "run/checkpoints/last.ckpt" if link else newest
+    result = run_here(*RUN, f"ckpt_path='{path}'", "paths.output_dir=run", "trainer.max_epochs=5")
+    assert result.code == 1
+    assert f"the SHA-256 of {newest.name} is" in result.err
+
+
+def test_a_run_without_any_checkpoint_begins_and_cuts_what_was_written_before(whole):
+    shutil.copytree(whole, "run", symlinks=True)
+    shutil.rmtree("run/checkpoints")
+    shutil.rmtree("run/model")
+    Path("run/metrics.csv.123.tmp").write_text("half")
+    assert run_here(*RUN, "paths.output_dir=run").code == 0
+    assert rows("run") == rows(whole)
+    assert not list(Path("run").glob("*.tmp"))
+
+
+def test_a_complete_run_started_again_stays_as_it_is(whole):
+    shutil.copytree(whole, "run", symlinks=True)
+    assert run_here(*RUN, "paths.output_dir=run").code == 0
+    assert rows("run") == rows(whole)
+    assert model("run") == model(whole)
+    assert names("run/checkpoints") == names(whole / "checkpoints")
+
+
+def test_a_checkpoint_of_an_older_layout_is_continued_from(whole):
+    """One file that is overwritten, as a ModelCheckpoint of the user's may write it, without a checksum."""
+    shutil.copytree(whole, "run", symlinks=True)
+    shutil.copy(written(Path("run/checkpoints"))[1], "old.ckpt")
+    shutil.rmtree("run/checkpoints")
+    Path("run/checkpoints").mkdir()
+    shutil.move("old.ckpt", "run/checkpoints/last.ckpt")
+    result = run_here(*RUN, "paths.output_dir=run")
+    assert (result.code, "iteration 3/4" in result.out) == (0, False)
+    assert rows("run") == rows(whole)
+    assert Path("run/checkpoints/last.ckpt").is_symlink()
+
+
+# ---- a full disk ----------------------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """A reward: from its third call on, no file can grow over ``size`` bytes."""
+
+    def __init__(self, size):
+        self.size, self.calls = size, 0
+
+    def __call__(self, prompts, completions, **columns):
+        self.calls += 1
+        if self.calls == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+        return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize(("size", "file"), [(20_000, "step=00000006-epoch=0003.ckpt"), (1000, "metrics.csv")])
+def test_a_full_disk_ends_the_run_with_what_it_was_writing_and_the_older_ones_are_intact(size, file):
+    own = ["~reward", f"+reward={{_target_:test_checkpoints.FullDisk,size:{size}}}"]
+    command = [argument for argument in RUN if not argument.startswith("reward")]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        result = run_here(*command, *own, "paths.output_dir=run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert result.code == 1
+    assert f"{file} cannot be written: File too large" in result.err
+    assert "Traceback" not in result.err
+    if file != "metrics.csv":
+        assert "the newest is step=00000004-epoch=0002.ckpt" in result.err
+        assert json.loads(Path("run/summary.json").read_text())["status"] == "failed"
+    assert names("run/checkpoints") == ["step=00000004-epoch=0002.ckpt", "step=00000002-epoch=0001.ckpt"]
+    assert not any(map(damage, written(Path("run/checkpoints"))))
+    assert not list(Path("run").rglob("*.tmp"))
+    more = [argument.replace(f"size:{size}", "size:1000000000") for argument in own]
+    result = run_here(*command, "ckpt_path=auto", *more, "paths.output_dir=run")
+    assert "another configuration" in result.err  # the reward is part of it
+    assert [row["iteration"] for row in read_metrics(Path("run"))][:2] == [1, 2]
