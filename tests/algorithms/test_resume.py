@@ -3,20 +3,25 @@
 import copy
 import csv
 import math
+import random
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import LORA, Prompts, letters, tiny_policy
+from transformers import get_scheduler
 
 from lit_rlhf import algorithms
 from lit_rlhf.algorithms import PPO
 from lit_rlhf.baseline import ValueBaseline
 from lit_rlhf.callbacks import Samples
 from lit_rlhf.clip import AdaptiveKLPenalty
+from lit_rlhf.entropy import TargetEntropy
 from lit_rlhf.kl import AdaptiveKL
 from lit_rlhf.loggers import CSVLogger
+from lit_rlhf.models.critic import SeparateCritic
 from lit_rlhf.rewards.shaping import ScoreShaper
 from lit_rlhf.rollout.sampler import Sampler
 
@@ -218,3 +223,107 @@ def test_a_run_that_skips_steps_resumes_between_them(tmp_path, steps):
     resumed = split(ckpt_path=tmp_path / "split/checkpoints/last.ckpt")
     assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
     assert resumed.guard.state_dict() == whole.guard.state_dict()
+
+
+class Draws(L.Callback):
+    """Code of a user's that draws from the global generators, which nobody seeds but the run."""
+
+    def __init__(self):
+        self.numbers = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.numbers.append((trainer.global_step, random.random(), float(np.random.rand()), float(torch.rand(()))))
+
+
+class Learns:
+    """A reward with noise and with state: the mean of its own past scores is taken off."""
+
+    def __init__(self):
+        self.seen, self.total = 0, 0.0
+
+    def __call__(self, prompts, completions, **columns):
+        mean = self.total / max(1, self.seen)
+        return [score - mean + random.random() for score in letters(prompts, completions)]
+
+    def learn_from(self, scores):
+        self.seen, self.total = self.seen + len(scores.total), self.total + float(scores.total.sum())
+
+    def state_dict(self):
+        return {"seen": self.seen, "total": self.total}
+
+    def load_state_dict(self, state):
+        self.seen, self.total = state["seen"], state["total"]
+
+
+def everything(lora=None):
+    algorithm = make(
+        lora, critic=SeparateCritic, entropy=TargetEntropy(target=2.0, lr=0.5), clip=AdaptiveKLPenalty(target=1e-3),
+        reward=Learns(), scheduler=lambda optimizer, num_training_steps: get_scheduler(
+            "linear", optimizer, num_warmup_steps=3, num_training_steps=num_training_steps
+        ),
+    )  # fmt: skip
+    algorithm.config = {"seed": 4, "kl": {"init_coef": 0.1}}
+    return algorithm
+
+
+def checkpoint_of(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def differing(one, two, where=""):
+    """The places in which two checkpoints differ, but for times."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        keys = [k for k in {**one, **two} if not str(k).startswith("time/") and "per_second" not in str(k)]
+        return [place for k in keys for place in differing(one.get(k), two.get(k), f"{where}.{k}")]
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple) and len(one) == len(two):
+        pairs = enumerate(zip(one, two, strict=True))
+        return [place for n, (a, b) in pairs for place in differing(a, b, f"{where}[{n}]")]
+    same = torch.equal(one, two) if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor) else one == two
+    return [] if same else [where]
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_checkpoint_holds_all_that_a_run_is_made_of(tmp_path, lora):
+    """Two iterations, a kill in the middle of the second, four more: the last checkpoints are the same."""
+    L.seed_everything(5)
+    draws, rest = Draws(), Draws()
+    whole = run(tmp_path / "whole", everything(lora), every_n_train_steps=3, until=3, stop=draws)
+    L.seed_everything(5)
+
+    class DrawsUntil(Draws):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 10:
+                raise Killed
+
+    run(tmp_path / "cut", everything(lora), every_n_train_steps=3, until=3, stop=DrawsUntil())
+    held = checkpoint_of(tmp_path / "cut")
+    L.seed_everything(6)  # another process has other generators
+    resumed = run(tmp_path / "cut", everything(lora), every_n_train_steps=3, until=3, stop=rest,
+                  ckpt_path=tmp_path / "cut/checkpoints/last.ckpt")  # fmt: skip
+    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "cut")
+    assert rest.numbers == draws.numbers[9:]
+    ends = [checkpoint_of(tmp_path / name) for name in ("whole", "cut")]
+    for end in ends:
+        end.pop("callbacks"), end.pop("loops")
+    assert differing(*ends) == []
+
+    state = held["lit_rlhf"]
+    trained = {name for name, p in whole.named_parameters() if p.requires_grad}
+    assert set(held["state_dict"]) == trained  # the policy and its critic
+    assert any(name.startswith("critic.") for name in trained)
+    assert all(("lora_" in name) == bool(lora) for name in trained if name.startswith("policy."))
+    assert len(held["optimizer_states"][0]["state"]) == len(trained)
+    assert held["lr_schedulers"][0]["last_epoch"] == held["global_step"] == 9
+    assert {"kl", "clip", "entropy"} == set(state["controllers"])
+    assert state["controllers"]["kl"]["coef"] != 0.1
+    assert state["scores"]["count"] == 12  # of the running moments: two rollouts of six
+    assert (state["loader"]["iteration"], state["loader"]["position"]) == (1, 3)
+    assert state["loader"]["experience"]["response_ids"].shape[0] == 6
+    assert state["loader"]["prompts"]
+    assert (state["iteration"], state["last_logged"]) == (1, 1)
+    assert state["tokens"] > 12
+    assert state["reference"] == whole.reference_id
+    assert state["reward"]["seen"] == 12
+    assert len(state["generators"]) == 1
+    assert len(state["samples"]) == 6
+    assert held["config"] == {"seed": 4, "kl": {"init_coef": 0.1}}
