@@ -100,6 +100,7 @@ _HOME = {
     "Samples": "callbacks",
     "Checkpoints": "callbacks",
     "Distributions": "callbacks",
+    "KLGuard": "callbacks",
     "Progress": "callbacks",
     "Sweep": "sweep",
     "build_report": "report",

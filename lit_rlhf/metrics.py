@@ -68,6 +68,7 @@ _TABLE: dict[str, tuple[str, str, Direction]] = {
     "online_dpo/accuracy": ("share of pairs whose implicit rewards are ordered as the rewards", "fraction", "higher"),
     "loss/kl": ("KL(policy || reference) in the loss, mean over tokens, before its coefficient", "nats/token", None),
     "entropy/coef": ("coefficient of the entropy term", "reward/nat", None),
+    "kl_guard/rollbacks": ("iterations taken back because their KL exploded, so far", "count", "lower"),
     "optim/lr": ("learning rate of the first parameter group", "", None),
     "optim/skipped_steps": ("optimiser steps skipped, since the row before, for numbers not finite", "count", "lower"),
     "optim/grad_norm": ("norm of the gradient before clipping, mean over optimiser steps", "", None),

@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from lit_rlhf.batch import Experience
+from lit_rlhf.callbacks.kl_guard import RolledBack
 from lit_rlhf.distributed import gather, rank
 from lit_rlhf.rewards.failure import RewardFailure
 from lit_rlhf.rollout.loader import RolloutLoader
@@ -20,7 +21,7 @@ class ScoreError(Exception):
 
 
 class PatientLoader(RolloutLoader):
-    """A RolloutLoader whose rollouts may fail in their rewards.
+    """A RolloutLoader whose rollouts may fail in their rewards, or be taken back by a callback.
 
     A failure with ``on_failure: skip_batch`` drops the completions, and the iteration is made of the next prompts, with
     the same random numbers. Any other one, and the last of ``MOST_SKIPPED`` in a row, ends the run. The checkpoint that
@@ -36,11 +37,14 @@ class PatientLoader(RolloutLoader):
         self.algorithm = algorithm
 
     def new_experience(self) -> Experience:
+        self.algorithm.call_hook("on_rollout_start")
         before = copy.deepcopy(self.algorithm.state())
         skipped = 0
         while True:
             try:
                 experience = super().new_experience()
+            except RolledBack:
+                return self.new_experience()
             except RewardFailure as failure:
                 skipped += 1
                 if not failure.skips or skipped == MOST_SKIPPED:

@@ -226,7 +226,7 @@ class Algorithm(L.LightningModule):
                 path = callback.save(self.trainer, self)
             elif folder := getattr(callback, "dirpath", None):
                 path = Path(folder) / "last.ckpt"
-                self.trainer.save_checkpoint(path)
+                self.trainer.save_checkpoint(path, weights_only=False)
             else:
                 return "There is no checkpoint of it: the trainer has no callback that writes any"
         except (UserError, OSError) as error:
@@ -346,10 +346,7 @@ class Algorithm(L.LightningModule):
     def on_train_start(self) -> None:
         """Cuts what was logged after the checkpoint that this run continues from; takes up its gradients."""
         validated_first = bool(self.last_row)
-        resumed = self.last_logged if self.trainer.ckpt_path or validated_first else -1
-        for target in [*self.loggers, *self.trainer.callbacks]:
-            if hasattr(target, "resume_from"):
-                target.resume_from(resumed)
+        self.cut_rows(self.last_logged if self.trainer.ckpt_path or validated_first else -1)
         parameters = dict(self.named_parameters())
         for name, gradient in self._gradients.items():
             parameters[name].grad = like(parameters[name], gradient)
@@ -357,6 +354,12 @@ class Algorithm(L.LightningModule):
         if self._generators is not None:
             set_generators(from_plain(self._generators))
             self._generators = None
+
+    def cut_rows(self, iteration: int) -> None:
+        """Cuts what was logged of iterations after ``iteration``."""
+        for target in [*self.loggers, *self.trainer.callbacks]:
+            if hasattr(target, "resume_from"):
+                target.resume_from(iteration)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, p in self.named_parameters() if p.requires_grad}

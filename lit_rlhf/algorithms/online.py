@@ -189,8 +189,10 @@ class OnlineAlgorithm(Algorithm):
         episodes = iteration * self.rollout_batch_size + torch.arange(len(rows))
         judged = self.judge(rows, episodes, self.seed)
         rollout, anchors, mask = judged.rollout, judged.anchors, judged.rollout.response_mask
+        coef = self.kl.at(self.progress)
+        described = describe(judged, coef, charged=self.kl_in_reward)
+        self.call_hook("on_rollout", described)
         with self.phase("advantage"):
-            coef = self.kl.at(self.progress)
             rewards = place_scores(self.scores(judged.scores.whole, rollout.finished), mask)  # 4 shape
             rewards = rewards + judged.scores.dense
             if self.kl_in_reward:
@@ -199,7 +201,7 @@ class OnlineAlgorithm(Algorithm):
         if hasattr(self.reward, "learn_from"):
             self.reward.learn_from(judged.scores)
         self.tokens += int(mask.sum())
-        self.pending.update(describe(judged, coef, charged=self.kl_in_reward))
+        self.pending.update(described)
         if self.group_size > 1:
             groups = judged.scores.total.reshape(-1, self.group_size)
             self.pending["rollout/constant_groups"] = float((groups == groups[:, :1]).all(-1).float().mean())

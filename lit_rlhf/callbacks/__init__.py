@@ -1,8 +1,9 @@
-"""What watches a run: checkpoints, samples, distributions, progress bars."""
+"""What watches a run: checkpoints, samples, distributions, progress bars, a guard of the KL."""
 
 from lit_rlhf.callbacks.checkpoints import Checkpoints
 from lit_rlhf.callbacks.distributions import Distributions
+from lit_rlhf.callbacks.kl_guard import KLGuard
 from lit_rlhf.callbacks.progress import Progress
 from lit_rlhf.callbacks.samples import Samples
 
-__all__ = ["Checkpoints", "Distributions", "Progress", "Samples"]
+__all__ = ["Checkpoints", "Distributions", "KLGuard", "Progress", "Samples"]

@@ -45,13 +45,13 @@ def make(lora=None, algorithm=PPO, **changes):
     settings = {
         "reward": letters, "gold": letters, "rollout_batch_size": 6, "minibatch_size": 2,
         **({"ppo_epochs": 2} if algorithm is PPO else {}),
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
     }  # fmt: skip
     return algorithm(
         policy=tiny_policy(lora=lora),
         sampler=Sampler(max_new_tokens=5),
         kl=AdaptiveKL(init_coef=0.1, target=0.01, horizon=50),
         scores=ScoreShaper(normalize=True),
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01),
         seed=4,
         **{**settings, **changes},
     )

@@ -1,0 +1,144 @@
+"""A KL that explodes ends the run, or is taken back as if the learning rate had been smaller from there on."""
+
+import lightning as L
+import pytest
+import torch
+from algorithms.test_resume import Killed, assert_same, make, written
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import Prompts, tiny_policy
+from transformers import get_scheduler
+
+from lit_rlhf import SFT
+from lit_rlhf.algorithms import PPO
+from lit_rlhf.callbacks import KLGuard, Samples
+from lit_rlhf.errors import UserError
+from lit_rlhf.loggers import CSVLogger
+
+
+def guarded(folder, *, lr, guard, until=4, scheduler=None, ckpt_path=None, extra=(), algorithm=PPO):
+    """6 optimiser steps an iteration, with Adam, whose steps are as large as the rate whatever the gradient."""
+    ppo = make(ppo_epochs=2, optimizer=lambda p: torch.optim.Adam(p, lr=lr), scheduler=scheduler, algorithm=algorithm)
+    trainer = L.Trainer(
+        accelerator="cpu", default_root_dir=folder, logger=CSVLogger(save_dir=folder), enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, max_epochs=until,
+        callbacks=[ModelCheckpoint(dirpath=folder / "checkpoints", filename="last", enable_version_counter=False),
+                   Samples(), *([guard] if guard else []), *extra],
+    )  # fmt: skip
+    try:
+        trainer.fit(ppo, datamodule=Prompts(), ckpt_path=ckpt_path)
+    except Killed:
+        pass
+    return ppo
+
+
+def column(folder, name):
+    return [float(row[name]) for row in written(folder)[0]]
+
+
+def without_guard(folder):
+    """Rows and samples, without the column that only the guard writes."""
+    rows, samples = written(folder)
+    return [{name: value for name, value in row.items() if not name.startswith("kl_guard/")} for row in rows], samples
+
+
+def linear(optimizer, num_training_steps):
+    return get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=num_training_steps)
+
+
+@pytest.mark.parametrize("scheduler", [None, linear])
+def test_after_rollbacks_the_run_is_one_with_a_smaller_learning_rate(tmp_path, scheduler):
+    """To the bit: halving a rate is exact. Nothing of what was taken back is left in rows and samples."""
+    guard = KLGuard(max_kl=8.5, max_rollbacks=10)
+    one = guarded(tmp_path / "one", lr=0.16, guard=guard, until=2, scheduler=scheduler)
+    assert max(column(tmp_path / "one", "objective/kl")) <= 8.5
+    assert guard.rollbacks >= 3
+    assert column(tmp_path / "one", "kl_guard/rollbacks") == [guard.rollbacks] * 2
+    two = guarded(tmp_path / "two", lr=0.16 * 0.5**guard.rollbacks, guard=None, until=2, scheduler=scheduler)
+    assert one.trainer.global_step == two.trainer.global_step == 12
+    assert without_guard(tmp_path / "one") == without_guard(tmp_path / "two")
+    states = one.state_dict(), two.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    # One halving less is too much.
+    three = guarded(tmp_path / "three", lr=0.32 * 0.5**guard.rollbacks, guard=None, until=2, scheduler=scheduler)
+    assert three.last_kl > 8.5
+
+
+def burst(optimizer):
+    """From the second iteration on the rate is 32 times as high."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 if step < 6 else 32)
+
+
+class KillAt(L.Callback):
+    """As a kill would, before an optimiser step once the guard has rolled back."""
+
+    def __init__(self, step, guard):
+        self.step, self.guard = step, guard
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step and self.guard.rollbacks:
+            raise Killed
+
+
+@pytest.mark.parametrize("step", [6, 9, 14])
+def test_later_rows_alone_are_taken_back_and_a_kill_changes_nothing(tmp_path, step):
+    """The updates of iteration 2 are at fault. Killed in that iteration, done again, or in the next one."""
+    whole = guarded(tmp_path / "whole", lr=0.004, guard=KLGuard(max_kl=8.0, max_rollbacks=9), scheduler=burst)
+    first, second, *later = column(tmp_path / "whole", "kl_guard/rollbacks")
+    assert first == 0 < second <= later[-1]
+    assert max(column(tmp_path / "whole", "objective/kl")) <= 8.0
+    assert column(tmp_path / "whole", "iteration") == [1, 2, 3, 4]
+    guard = KLGuard(max_kl=8.0, max_rollbacks=9)
+    kill = KillAt(step, guard)
+    guarded(tmp_path / "split", lr=0.004, guard=guard, scheduler=burst, extra=[kill])
+    path = tmp_path / "split/checkpoints/last.ckpt"
+    guard = KLGuard(max_kl=8.0, max_rollbacks=9)
+    resumed = guarded(tmp_path / "split", lr=0.004, guard=guard, scheduler=burst, ckpt_path=path)
+    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+
+
+def test_it_stops_and_names_the_last_good_checkpoint(tmp_path):
+    message = r"iteration 2: the KL is .* over callbacks\.kl_guard\.max_kl=3: the updates of iteration 1 went too far"
+    with pytest.raises(UserError, match=rf"{message}\. {tmp_path}/kl_guard/good\.ckpt is the checkpoint from before"):
+        guarded(tmp_path, lr=0.16, guard=KLGuard(max_kl=3, action="stop"))
+    assert column(tmp_path, "iteration") == [1]
+    assert torch.load(tmp_path / "kl_guard/good.ckpt", weights_only=True)["lit_rlhf"]["iteration"] == 0
+
+
+def test_it_goes_back_only_so_often(tmp_path):
+    with pytest.raises(UserError, match="after 2 rollbacks: the updates of iteration 1 went too far"):
+        guarded(tmp_path, lr=0.16, guard=KLGuard(max_kl=3, max_rollbacks=2))
+
+
+def test_a_kl_that_is_not_finite_is_too_high(tmp_path):
+    class Broken(PPO):
+        def anchor(self, rollout):
+            anchors = super().anchor(rollout)
+            return anchors._replace(kl=anchors.kl * float("nan")) if self.iteration == 1 else anchors
+
+    with pytest.raises(UserError, match="iteration 2: the KL is nan nats"):
+        guarded(tmp_path, lr=0.001, guard=KLGuard(max_kl=1e9, action="stop"), algorithm=Broken)
+
+
+def test_without_anything_to_go_back_to_it_stops(tmp_path):
+    guarded(tmp_path, lr=0.16, guard=None, until=1)
+    with pytest.raises(UserError, match="there is no checkpoint from before the updates that led there"):
+        guarded(tmp_path, lr=0.16, guard=KLGuard(max_kl=3), ckpt_path=tmp_path / "checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_kl": 0}, r"callbacks\.kl_guard\.max_kl must be a finite number above 0, got 0"),
+        ({"max_kl": 1, "action": "ignore"}, r"callbacks\.kl_guard\.action must be one of stop, rollback, got 'ignore'"),
+        ({"max_kl": 1, "lr_factor": 1}, r"callbacks\.kl_guard\.lr_factor must be .* below 1, got 1"),
+        ({"max_kl": 1, "max_rollbacks": 0}, r"callbacks\.kl_guard\.max_rollbacks must be"),
+    ],
+)
+def test_wrong_values_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        KLGuard(**settings)
+
+
+def test_an_algorithm_without_rollouts_has_no_use_for_it(trainer):
+    with pytest.raises(UserError, match=r"callbacks\.kl_guard is for algorithms that complete prompts"):
+        trainer(callbacks=[KLGuard(max_kl=1)], max_epochs=1).fit(SFT(policy=tiny_policy()), [{"text": ["a b"]}])
