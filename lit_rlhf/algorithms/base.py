@@ -21,6 +21,7 @@ from lit_rlhf.checkpoint_io import write_to_files
 from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, shard, whole, world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.generators import from_plain, get_generators, set_generators, to_plain
+from lit_rlhf.halving import Halving, free
 from lit_rlhf.machine import decode_dtype
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, cast_dtype
@@ -125,6 +126,10 @@ class Algorithm(L.LightningModule):
     online: bool
     #: Whether FSDP2 can shard its models.
     shardable = True
+    #: Whether the loss of a micro-batch is the mean of its parts'.
+    splits = True
+    #: Rows next to each other in a batch that stay together.
+    unit = 1
     #: Whether weights that train get no gradient from the loss.
     leaves_weights_out = False
     #: The config key that ended the run before its bound, if one did.
@@ -149,6 +154,7 @@ class Algorithm(L.LightningModule):
         self.guard = StepGuard(max_skipped_steps)
         self.means = RunningMean()
         self.step_means = RunningMean()  # of the optimiser step under way
+        self.halving = Halving()
         self.last_row: dict[str, float] = {}
         self.last_logged = 0  # iteration of the newest row
         self._gradients: dict[str, Tensor] = {}  # of a checkpoint made between two steps, until training starts
@@ -204,7 +210,7 @@ class Algorithm(L.LightningModule):
             self.step_means.add({"optim/grad_norm": norm}, 1.0)
             self.means.take(self.step_means)
             return
-        self.step_means.sums = {}
+        self.forget_step()
         if scaler is None:  # which else skips the step by itself
             for parameter in with_gradients(optimizer):
                 parameter.grad = None  # a parameter without a gradient is none of the optimiser's business
@@ -213,6 +219,81 @@ class Algorithm(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         # Lightning frees gradients after the next forward pass, whose activations would lie beside them.
         self.trainer.optimizers[0].zero_grad()
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        """Nothing: gradients are freed right after each step, and those that are there belong to the next one."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002
+        if "update" in self.halving.stages:
+            return self.loss_in_halves(batch)
+        try:
+            return self.batch_loss(batch)
+        except (RuntimeError, MemoryError) as error:
+            self.halve_updates(error, batch)
+        return self.redo_step()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        try:
+            return super().backward(loss, *args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            self.halve_updates(error, self.step_batches()[-1])
+        loss.detach_()  # frees the activations, which Lightning's loss would hold
+        self.backward_now(self.redo_step())
+
+    def halve_updates(self, error: Exception, batch: Any) -> None:
+        """Lets updates work in halves of micro-batches, because of ``error``, or raises as ``Halving.halve`` does.
+
+        Of several processes none can do a step again by itself.
+        """
+        allowed = self.splits and world_size() == 1
+        self.halving.halve(error, "update", self.rows_of(batch), unit=self.unit, allowed=allowed)
+
+    def redo_step(self) -> Tensor:
+        """Does the micro-batches of the step under way once more, in halves; the last half's backward pass is left."""
+        free()
+        for parameter in self.parameters():
+            parameter.grad = None
+        self.forget_step()
+        *before, last = self.step_batches()
+        for batch in before:
+            self.backward_now(self.loss_in_halves(batch))
+        return self.loss_in_halves(last)
+
+    def loss_in_halves(self, batch: Any) -> Tensor:
+        """The loss of a micro-batch's second half, after a backward pass for its first one."""
+        try:
+            (first, share), (second, rest) = self.halves_of(batch)
+            self.backward_now(share * self.batch_loss(first))
+            return rest * self.batch_loss(second)
+        except (RuntimeError, MemoryError) as error:
+            self.halve_updates(error, batch)
+            raise AssertionError from error
+
+    def backward_now(self, loss: Tensor) -> None:
+        """Adds a loss's gradients as Lightning does after a training step."""
+        with torch.autocast(self.device.type, enabled=False):
+            loss = loss / self.trainer.accumulate_grad_batches
+            self.trainer.strategy.backward(loss, self.trainer.optimizers[0])
+
+    def forget_step(self) -> None:
+        """Drops what was measured in the step under way."""
+        self.step_means.sums = {}
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        """The loss of a micro-batch, with its weight in the optimiser step."""
+        raise NotImplementedError
+
+    def step_batches(self) -> list[Any]:
+        """The micro-batches of the step under way, so far."""
+        raise NotImplementedError
+
+    def rows_of(self, batch: Any) -> int:
+        """The rows of a micro-batch."""
+        raise NotImplementedError
+
+    def halves_of(self, batch: Any) -> tuple[tuple[Any, float], ...]:
+        """A micro-batch's halves, each with its share of the terms that the loss is a mean over."""
+        raise NotImplementedError
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.guard.verdict is not None:
@@ -348,6 +429,8 @@ class Algorithm(L.LightningModule):
         validated_first = bool(self.last_row)
         self.cut_rows(self.last_logged if self.trainer.ckpt_path or validated_first else -1)
         parameters = dict(self.named_parameters())
+        for parameter in parameters.values():
+            parameter.grad = None  # as after every step
         for name, gradient in self._gradients.items():
             parameters[name].grad = like(parameters[name], gradient)
         self._gradients = {}
@@ -374,6 +457,7 @@ class Algorithm(L.LightningModule):
             "means": self.means.state(),
             "step_means": self.step_means.state(),
             "guard": self.guard.state_dict(),
+            "halving": self.halving.state(),
             "last_logged": self.last_logged,
             "gradients": gather(self._summed_gradients()) if summing else [],
             "generators": gather(to_plain(get_generators())),  # for callbacks and other code of the user's
@@ -397,6 +481,7 @@ class Algorithm(L.LightningModule):
         self.means.load_state(state["means"])
         self.step_means.load_state(state["step_means"])
         self.guard.load_state_dict(state["guard"])
+        self.halving.load_state(state["halving"])
         self.last_logged = state["last_logged"]
         parts = state["gradients"]  # of every process; a step takes their mean
         if len(parts) not in (0, world_size()):

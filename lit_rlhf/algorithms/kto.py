@@ -60,6 +60,8 @@ class KTO(OfflineAlgorithm):
             at ``fit``, a loader whose batches have one row.
     """
 
+    splits = False  # z is that of the batch
+
     def __init__(
         self,
         *,

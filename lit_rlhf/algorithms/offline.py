@@ -28,6 +28,9 @@ class MicroBatch(NamedTuple):
         sequences: texts in the batch.
         tokens: tokens in the batch, padding excluded.
         weight: factor of the loss, see ``WindowLoader``.
+        source: the user's rows that it was made from.
+        number: its place in the pass, from 1.
+        part: 0 for a whole one, 1 and 2 for its halves.
     """
 
     inputs: Any
@@ -35,6 +38,9 @@ class MicroBatch(NamedTuple):
     sequences: int
     tokens: int
     weight: float = 1.0
+    source: Any = None
+    number: int = 0
+    part: int = 0
 
 
 class WindowLoader:
@@ -78,7 +84,8 @@ class WindowLoader:
         self.micro_batches = micro_batches
         self.collate = collate
         self.position = 0  # batches of the pass already handed out
-        self._window: list[MicroBatch] = []  # fetched and not yet handed out
+        self.window: list[MicroBatch] = []  # of the optimiser step under way
+        self._left = 0  # of them, not yet handed out
 
     def __len__(self) -> int:
         return self.length
@@ -87,11 +94,15 @@ class WindowLoader:
         if self.position >= self.epoch_batches:
             self._start_at(self.passes.number + 1, 0)
         while self.position < self.epoch_batches:
-            if not self._window:
+            if not self._left:
                 self._fetch()
-            batch = self._window.pop(0)
+            self._left -= 1
             self.position += 1  # before the yield: a checkpoint made during the step resumes after it
-            yield batch
+            yield self.handed_out()[-1]
+
+    def handed_out(self) -> list[MicroBatch]:
+        """The micro-batches of the step under way, so far."""
+        return self.window[: len(self.window) - self._left]
 
     def _fetch(self) -> None:
         window, whole = [], 0
@@ -100,14 +111,15 @@ class WindowLoader:
             if batch is END_OF_PASS:
                 raise UserError(f"the train dataloader has a length of {self.length}, but ended after {number} batches")
             own, terms = self.collate(batch)
-            window.append(own)
+            window.append(own._replace(number=number + 1))
             whole += terms
         scale = self.micro_batches * world_size() / whole
-        self._window = [batch._replace(weight=batch.terms * scale) for batch in window]
+        self.window = [batch._replace(weight=batch.terms * scale) for batch in window]
+        self._left = len(window)
 
     def _start_at(self, number: int, position: int) -> None:
         self.passes.load_state_dict({"number": number, "batch": position})
-        self.position, self._window = position, []
+        self.position, self.window, self._left = position, [], 0
 
     def state_dict(self) -> dict[str, int]:
         return {"pass": self.passes.number, "position": self.position, "epoch_batches": self.epoch_batches}
@@ -127,7 +139,7 @@ class WindowLoader:
         self._start_at(state["pass"], state["position"] - handed_out)
         if handed_out and state["position"] < self.epoch_batches:
             self._fetch()
-            del self._window[:handed_out]
+            self._left -= handed_out
         self.position = state["position"]
 
 
@@ -189,7 +201,8 @@ class OfflineAlgorithm(Algorithm):
 
         A process without a row takes the first one's share, of which no term counts.
         """
-        parts = [part if part is None else self.collate(part) for part in split_batch(batch, world_size())]
+        sources = split_batch(batch, world_size())
+        parts = [rows if rows is None else self.collate(rows)._replace(source=rows) for rows in sources]
         there = [part for part in parts if part is not None]
         own = parts[rank()] or there[0]._replace(terms=0)
         whole = {name: sum(getattr(part, name) for part in there) for name in ("sequences", "tokens")}
@@ -204,16 +217,34 @@ class OfflineAlgorithm(Algorithm):
 
     # ---- training -------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        self.sequences += batch.sequences
+        self.tokens += batch.tokens
+        return super().training_step(batch, batch_idx)
+
+    def batch_loss(self, batch: MicroBatch) -> Tensor:
         # Other processes have other rows, which are to have other dropout masks.
         process = [rank()] if rank() else []
-        torch.manual_seed(derive_seed(self.seed, self.loader.passes.number, self.loader.position, *process))
+        half = [world_size() + batch.part] if batch.part else []
+        torch.manual_seed(derive_seed(self.seed, self.loader.passes.number, batch.number, *process, *half))
         loss, metrics = self.loss(batch.inputs)
         loss = self.guard.spoiled(loss, {})
         self.step_means.add({**metrics, "loss/total": loss.detach()}, batch.terms)
-        self.sequences += batch.sequences
-        self.tokens += batch.tokens
         return loss * batch.weight
+
+    def step_batches(self) -> list[MicroBatch]:
+        return [self.transfer_batch_to_device(batch, self.device, 0) for batch in self.loader.handed_out()]
+
+    def rows_of(self, batch: MicroBatch) -> int:
+        return len(next(iter(batch.source.values())))
+
+    def halves_of(self, batch: MicroBatch) -> tuple[tuple[MicroBatch, float], ...]:
+        halves = []
+        for part, rows in enumerate(split_batch(batch.source, 2), start=1):
+            half = self.collate(rows)
+            own = half._replace(weight=batch.weight, source=rows, number=batch.number, part=part)
+            halves.append((self.transfer_batch_to_device(own, self.device, 0), half.terms / batch.terms))
+        return tuple(halves)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # Counting is not in on_train_batch_end: a checkpoint callback's own hook of that name runs before the module's.

@@ -1,6 +1,7 @@
 """The base of every algorithm that learns from its own completions: stages 1 to 4 and 6, and what Lightning needs."""
 
 import copy
+import functools
 import logging
 import math
 import time
@@ -27,7 +28,7 @@ from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.clip import Clip
 from lit_rlhf.data.passes import SeededPasses
 from lit_rlhf.data.tokenize import PromptRows, Row, split_rows, tokenize_prompts
-from lit_rlhf.distributed import gather, rank, share, world_size
+from lit_rlhf.distributed import FSDP2Strategy, gather, rank, share, world_size
 from lit_rlhf.entropy import EntropyBonus
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import full_kl, kl_estimate, masked_mean, ratio_stats
@@ -78,8 +79,6 @@ class OnlineAlgorithm(Algorithm):
     online = True
     #: The smallest ``group_size``; 2 where a completion is compared with others of its prompt.
     smallest_group = 1
-    #: Rows next to each other in the experience that a minibatch keeps together.
-    unit = 1
     #: What a loss is a mean over in a minibatch: "tokens" that count alike, or "completions".
     loss_over = "tokens"
     #: What its passes over the experience, and the rows that it learns from, are called in its config.
@@ -267,26 +266,42 @@ class OnlineAlgorithm(Algorithm):
         training = model.training
         model.eval()  # in train mode gradient checkpointing would switch the KV cache off
         with torch.autocast(self.device.type, enabled=False):
-            rollout = self.sampler.generate(
-                model,
-                prompts.to(self.device),
-                seed=seed,
-                stop_ids=self.policy.stop_ids,
-                pad_id=self.policy.tokenizer.pad_token_id,
-                progress=lambda done, whole: self.call_hook("on_phase", "rollout", done, whole),
+            rollout = self.halving.run(
+                "rollout",
+                self.sampler.chunk_size or len(prompts),
+                lambda size: self.sampler.generate(
+                    model,
+                    prompts.to(self.device),
+                    seed=seed,
+                    stop_ids=self.policy.stop_ids,
+                    pad_id=self.policy.tokenizer.pad_token_id,
+                    progress=lambda done, whole: self.call_hook("on_phase", "rollout", done, whole),
+                    chunk_size=size,
+                ),
+                allowed=self.forwards_alone,
             )
         model.train(training)
         self.policy.free_decoder()
         return rollout.to("cpu")
 
+    @property
+    def forwards_alone(self) -> bool:
+        """Whether this process can make more forward passes than the others; sharded weights need all of them."""
+        return not isinstance(self.trainer.strategy, FSDP2Strategy)
+
     def anchor(self, rollout: Rollout) -> Anchors:
         """Stage 3: log-probabilities by the training forward pass, in its precision, so that the first ratio is 1."""
+        rows = min(self.minibatch_size, len(rollout))
+        anchors = functools.partial(self._anchor, rollout)
+        return self.halving.run("anchor", rows, anchors, allowed=self.forwards_alone)
+
+    def _anchor(self, rollout: Rollout, size: int) -> Anchors:
         parts: list[tuple[Tensor, ...]] = []
-        starts = range(0, len(rollout), self.minibatch_size)
+        starts = range(0, len(rollout), size)
         with self.autocast_for_many():
             for number, start in enumerate(starts):
                 self.call_hook("on_phase", "anchor", number, len(starts))
-                part = rollout[start : start + self.minibatch_size].to(self.device)
+                part = rollout[start : start + size].to(self.device)
                 tokens = (part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
                 output, reference = self.both(*tokens)
                 values = [self.critic(output, *tokens)] if self.critic is not None else []
@@ -318,7 +333,7 @@ class OnlineAlgorithm(Algorithm):
 
     # ---- stages 6 to 8: updates -----------------------------------------------------------------------------------
 
-    def training_step(self, batch: Experience, batch_idx: int) -> Tensor:  # noqa: ARG002
+    def batch_loss(self, batch: Experience) -> Tensor:
         tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.response_mask)
         output = self.respond(*tokens)
         values = self.critic(output, *tokens)[:, :-1] if self.critic is not None else None
@@ -339,6 +354,22 @@ class OnlineAlgorithm(Algorithm):
         if self.target_kl is not None and "policy/approxkl" in metrics:
             self.minibatch_kl.add({"kl": metrics["policy/approxkl"]}, count)
         return loss * batch.weight if self.loss_over == "tokens" else loss
+
+    def step_batches(self) -> list[Experience]:
+        return [batch.to(self.device) for batch in self.loader.step_batches()]
+
+    def rows_of(self, batch: Experience) -> int:
+        return len(batch)
+
+    def halves_of(self, batch: Experience) -> tuple[tuple[Experience, float], ...]:
+        cut = (len(batch) // self.unit + 1) // 2 * self.unit
+        terms = batch.response_mask.sum(-1) if self.loss_over == "tokens" else batch.response_mask.new_ones(len(batch))
+        halves = slice(cut), slice(cut, None)
+        return tuple((batch[rows].trim(), float(terms[rows].sum() / terms.sum())) for rows in halves)
+
+    def forget_step(self) -> None:
+        super().forget_step()
+        self.minibatch_kl.sums = {}
 
     def respond(self, *tokens: Tensor) -> PolicyOutput:
         """The policy's forward pass in a training step."""
@@ -370,8 +401,6 @@ class OnlineAlgorithm(Algorithm):
         super().optimizer_step(*args, **kwargs)
         # Not in on_train_batch_end: a checkpoint callback's own hook of that name runs before the module's.
         self.pending["policy/updates"] = self.pending.get("policy/updates", 0.0) + (not self.guard.bad)
-        if self.guard.bad:
-            self.minibatch_kl.sums = {}
         if self.target_kl is None:
             return
         kl = self.minibatch_kl.compute().get("kl", 0.0)

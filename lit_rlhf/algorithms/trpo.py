@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from lit_rlhf.algorithms.online import CriticFactory, OnlineAlgorithm
 from lit_rlhf.batch import Experience, Rollout
 from lit_rlhf.checks import check_int, check_number
+from lit_rlhf.distributed import world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import clipped_value_loss, conjugate_gradient, full_kl, gae, masked_mean, masked_whiten
 from lit_rlhf.functional.masked import zero_masked
@@ -110,10 +111,23 @@ class TRPO(OnlineAlgorithm):
 
     def update_policy(self, experience: Experience) -> None:
         """Takes the step, or none; logs the KL and the gain of the objective that it made."""
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        before = parameters_to_vector(parameters).detach()
+
+        def step(size: int) -> None:
+            try:
+                self._step(experience, size, parameters, before)
+            except Exception:
+                vector_to_parameters(before, parameters)
+                raise
+
+        alone = world_size() == 1
+        self.halving.run("update", min(self.minibatch_size, len(experience)), step, allowed=alone)
+
+    def _step(self, experience: Experience, size: int, parameters: list[nn.Parameter], before: Tensor) -> None:
         # In full precision, and by attention that can be differentiated twice.
         with torch.autocast(self.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            parts, parameters = list(self._parts(experience)), [p for p in self.policy.parameters() if p.requires_grad]
-            before = parameters_to_vector(parameters).detach()
+            parts = list(self._parts(experience, size))
             gradient = self._gradient(parts, parameters, self._surrogate)
             direction = conjugate_gradient(
                 lambda vector: self._fisher(parts, parameters, vector), gradient, self.cg_steps
@@ -133,10 +147,10 @@ class TRPO(OnlineAlgorithm):
                     kl = gain = 0.0
         self.pending.update({"policy/update_kl": kl, "loss/policy": -gain})
 
-    def _parts(self, experience: Experience) -> Iterator[_Part]:
+    def _parts(self, experience: Experience, size: int) -> Iterator[_Part]:
         tokens = float(experience.response_mask.sum())
-        for start in range(0, len(experience), self.minibatch_size):
-            batch = experience[start : start + self.minibatch_size].trim().to(self.device)
+        for start in range(0, len(experience), size):
+            batch = experience[start : start + size].trim().to(self.device)
             with torch.no_grad():
                 old = self._forward(batch)
             yield _Part(batch, old, float(batch.response_mask.sum()) / tokens)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_rlhf.checks import check_int, check_text
 from lit_rlhf.errors import UserError
+from lit_rlhf.halving import Halving
 from lit_rlhf.models.scorer import Scorer
 from lit_rlhf.rewards.text import Scope, check_scope, texts_to_score
 
@@ -23,7 +24,7 @@ class ModelReward:
 
     Args:
         path: hub name or folder, e.g. the ``model`` folder of a reward-model run.
-        batch_size: texts in one forward pass.
+        batch_size: texts in one forward pass; where that takes more memory than there is, half as many.
         max_length: longer texts lose their end, in tokens; by default what the model was trained with.
         on: ``text`` scores the prompt with its completion, ``completion`` the completion alone. A chat prompt is never
             part of the text.
@@ -55,14 +56,18 @@ class ModelReward:
         self.scorer = scorer.eval().requires_grad_(False)
         self.label = _label(self.scorer.model.config.id2label, positive_label, path)
         self.device: torch.device | str = "cpu"
+        self.halving = Halving()
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **_columns: Any) -> Tensor:
         rows = self.scorer.tokenize(texts_to_score(prompts, completions, self.on))
+        return self.halving.run("score", self.batch_size, lambda size: self._score_all(rows, size))
+
+    def _score_all(self, rows: list[list[int]], batch_size: int) -> Tensor:
         # Texts of similar length share a batch: less padding.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         scores = torch.empty(len(rows))
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
             scores[part] = self._score(*self.scorer.pad([rows[i] for i in part])).cpu()
         return scores
 

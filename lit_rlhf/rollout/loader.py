@@ -122,6 +122,11 @@ class RolloutLoader:
         batch = self.experience[part].trim()
         return Experience(**{**vars(batch), "weight": share.float()})
 
+    def step_batches(self) -> list[Experience]:
+        """The micro-batches handed out so far of the optimiser step under way."""
+        first = (self.position - 1) // self.micro_batches * self.micro_batches
+        return [self._micro_batch(position) for position in range(first, self.position)]
+
     def finish(self) -> None:
         """Ends the iteration: its experience is dropped, the next ``iter()`` makes a new rollout."""
         self.experience = None

@@ -80,6 +80,7 @@ class Sampler:
         stop_ids: Sequence[int],
         pad_id: int,
         progress: Callable[[int, int], None] | None = None,
+        chunk_size: int | None = None,
     ) -> Rollout:
         """Completes ``prompts`` (B, P) to a Rollout (B, T), T at most ``max_new_tokens``.
 
@@ -90,9 +91,10 @@ class Sampler:
             stop_ids: ids that end a completion (``stop_tokens`` are added).
             pad_id: fills the columns after the end.
             progress: called with (tokens done, tokens in all) while decoding.
+            chunk_size: in place of the sampler's own.
         """
         stop = torch.tensor(sorted({*stop_ids, *self.stop_tokens}), device=prompts.prompt_ids.device)
-        size = self.chunk_size or len(prompts)
+        size = chunk_size or self.chunk_size or len(prompts)
         starts = range(0, len(prompts), size)
         total = len(starts) * self.max_new_tokens
         chunks = []

@@ -57,13 +57,13 @@ def make(lora=None, algorithm=PPO, **changes):
     )
 
 
-def run(folder, ppo, *, until=6, ckpt_path=None, every_n_train_steps=None, stop=None, **settings):
+def run(folder, ppo, *, until=6, ckpt_path=None, every_n_train_steps=None, stop=None, extra=(), **settings):
     """6 optimiser steps an iteration. Checkpoints: at the end of each iteration, or every n steps."""
     when = {"every_n_train_steps": every_n_train_steps} if every_n_train_steps else {"save_on_train_epoch_end": True}
     checkpoints = ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True, save_top_k=0, **when)
     trainer = L.Trainer(
         accelerator="cpu", default_root_dir=folder, logger=CSVLogger(save_dir=folder), enable_progress_bar=False,
-        callbacks=[checkpoints, Samples(every_n_iterations=1, max_samples=4), *([stop] if stop else [])],
+        callbacks=[checkpoints, Samples(every_n_iterations=1, max_samples=4), *([stop] if stop else []), *extra],
         enable_model_summary=False, num_sanity_val_steps=0,
         **{"max_epochs": until, "check_val_every_n_epoch": 2, **settings},
     )  # fmt: skip
