@@ -10,18 +10,21 @@ from transformers import get_scheduler
 
 from lit_rlhf import SFT
 from lit_rlhf.algorithms import PPO
-from lit_rlhf.callbacks import KLGuard, Samples
+from lit_rlhf.callbacks import Checkpoints, KLGuard, Samples
+from lit_rlhf.callbacks.checkpoints import written as written_checkpoints
 from lit_rlhf.errors import UserError
 from lit_rlhf.loggers import CSVLogger
 
 
-def guarded(folder, *, lr, guard, until=4, scheduler=None, ckpt_path=None, extra=(), algorithm=PPO):
+def guarded(
+    folder, *, lr, guard, until=4, scheduler=None, ckpt_path=None, extra=(), algorithm=PPO, checkpoints=Checkpoints
+):
     """6 optimiser steps an iteration, with Adam, whose steps are as large as the rate whatever the gradient."""
     ppo = make(ppo_epochs=2, optimizer=lambda p: torch.optim.Adam(p, lr=lr), scheduler=scheduler, algorithm=algorithm)
     trainer = L.Trainer(
         accelerator="cpu", default_root_dir=folder, logger=CSVLogger(save_dir=folder), enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, max_epochs=until,
-        callbacks=[ModelCheckpoint(dirpath=folder / "checkpoints", filename="last", enable_version_counter=False),
+        callbacks=[checkpoints(dirpath=folder / "checkpoints"),
                    Samples(), *([guard] if guard else []), *extra],
     )  # fmt: skip
     try:
@@ -68,6 +71,11 @@ def burst(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 if step < 6 else 32)
 
 
+def newest(dirpath):
+    """A user's own callback."""
+    return ModelCheckpoint(dirpath=dirpath, filename="last", enable_version_counter=False)
+
+
 class KillAt(L.Callback):
     """As a kill would, before an optimiser step once the guard has rolled back."""
 
@@ -79,20 +87,23 @@ class KillAt(L.Callback):
             raise Killed
 
 
-@pytest.mark.parametrize("step", [6, 9, 14])
-def test_later_rows_alone_are_taken_back_and_a_kill_changes_nothing(tmp_path, step):
+@pytest.mark.parametrize(("step", "checkpoints"), [(6, Checkpoints), (9, Checkpoints), (14, Checkpoints), (9, newest)])
+def test_later_rows_alone_are_taken_back_and_a_kill_changes_nothing(tmp_path, step, checkpoints):
     """The updates of iteration 2 are at fault. Killed in that iteration, done again, or in the next one."""
-    whole = guarded(tmp_path / "whole", lr=0.004, guard=KLGuard(max_kl=8.0, max_rollbacks=9), scheduler=burst)
+    settings = {"lr": 0.004, "scheduler": burst, "checkpoints": checkpoints}
+    whole = guarded(tmp_path / "whole", guard=KLGuard(max_kl=8.0, max_rollbacks=9), **settings)
     first, second, *later = column(tmp_path / "whole", "kl_guard/rollbacks")
     assert first == 0 < second <= later[-1]
     assert max(column(tmp_path / "whole", "objective/kl")) <= 8.0
     assert column(tmp_path / "whole", "iteration") == [1, 2, 3, 4]
     guard = KLGuard(max_kl=8.0, max_rollbacks=9)
     kill = KillAt(step, guard)
-    guarded(tmp_path / "split", lr=0.004, guard=guard, scheduler=burst, extra=[kill])
+    guarded(tmp_path / "split", guard=guard, extra=[kill], **settings)
     path = tmp_path / "split/checkpoints/last.ckpt"
+    if checkpoints is Checkpoints:  # none of what was taken back is left, which ckpt_path=auto would find
+        assert path.resolve() == written_checkpoints(tmp_path / "split/checkpoints")[0]
     guard = KLGuard(max_kl=8.0, max_rollbacks=9)
-    resumed = guarded(tmp_path / "split", lr=0.004, guard=guard, scheduler=burst, ckpt_path=path)
+    resumed = guarded(tmp_path / "split", guard=guard, ckpt_path=path, **settings)
     assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
 
 

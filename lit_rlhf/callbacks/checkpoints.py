@@ -82,9 +82,7 @@ class Checkpoints(Checkpoint):
             self._saved = Path(trainer.ckpt_path).resolve().name
         trainer.strategy.barrier()  # every process has looked
         if trainer.is_global_zero and self.folder.is_dir():
-            now = max(_number(name) for name in (self._name(trainer), self._saved) if name)
-            for path in [path for path in here if _number(path.name) > now]:
-                remove(path)
+            _remove_after(max(_number(name) for name in (self._name(trainer), self._saved) if name), here)
             for path in self.folder.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if self._best is not None and not (self.folder / self._best[0]).exists():
@@ -92,6 +90,15 @@ class Checkpoints(Checkpoint):
         self._best = trainer.strategy.broadcast(self._best)
         if trainer.is_global_zero and self.folder.is_dir():
             self._link(self._saved)
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        """Removes what was written of later steps than this one, which may be written again; every process calls it."""
+        if trainer.is_global_zero:
+            _remove_after(_number(self._name(trainer)), written(self.folder))
+        trainer.strategy.barrier()
+        self._saved = self._value = None
+        if self._best is not None and not (self.folder / self._best[0]).exists():
+            self._best = None
 
     def on_row(self, trainer: Trainer, pl_module: LightningModule, row: Mapping[str, float]) -> None:
         """Called by the algorithm with each row that it logs."""
@@ -183,6 +190,12 @@ def written(folder: Path) -> list[Path]:
     """The checkpoints of `Checkpoints` in a folder, the newest first."""
     found = [path for path in folder.glob("step=*.ckpt") if _NAME.fullmatch(path.name)]
     return sorted((path.resolve() for path in found), key=lambda path: _number(path.name), reverse=True)
+
+
+def _remove_after(now: tuple[int, int], paths: list[Path]) -> None:
+    for path in paths:
+        if _number(path.name) > now:
+            remove(path)
 
 
 def _number(name: str) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from lit_rlhf.callbacks.checkpoints import Checkpoints
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.errors import UserError
 
@@ -125,7 +126,9 @@ def restore(trainer: Trainer, module: LightningModule, stored: dict[str, Any]) -
     module._loader_state = None  # it is loaded
     module.cut_rows(module.last_logged)
     for callback in trainer.checkpoint_callbacks:
-        if hasattr(callback, "_last_global_step_saved"):
+        if isinstance(callback, Checkpoints):
+            callback.on_rollback(trainer)
+        elif hasattr(callback, "_last_global_step_saved"):
             callback._last_global_step_saved = 0  # else it takes the step for one that it has saved
 
 
