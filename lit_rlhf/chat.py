@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_rlhf.algorithms.judged import decode_completions
 from lit_rlhf.checks import check_int
+from lit_rlhf.data.prompts import prompt_problem
 from lit_rlhf.data.tokenize import tokenize_prompts
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy
@@ -128,10 +129,8 @@ def require_chat(prompt: Any) -> Chat:
     """A prompt as a chat: a text is what the user says.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or empty.
     """
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
-        return prompt
-    raise UserError(f"a prompt is a text or a list of messages, got {prompt!s:.80}")
+    if problem := prompt_problem(prompt):
+        raise UserError(f"a prompt is a text or a list of messages; this one {problem:.200}")
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_rlhf.config_types import check_types
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, printable
 from lit_rlhf.imports import find
-from lit_rlhf.overrides import CHOSEN, drop_keys_of_others, part_of, replace_parts
+from lit_rlhf.overrides import CHOSEN, as_written, drop_keys_of_others, part_of, replace_parts
+from lit_rlhf.redact import redact_error, references_kept
 from lit_rlhf.sweep import Sweep
 
 _PACKAGE = Path(__file__).parent
@@ -40,19 +42,25 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         @functools.wraps(task)
         def guarded(config: DictConfig) -> Any:
             try:
+                with suppress(OmegaConfBaseException):
+                    resolved(config)  # notes what no message may show
                 hydra = HydraConfig.get()
-                overrides = list(hydra.overrides.task)
-                where = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
+                overrides = as_written(hydra.overrides.task)
+                where = [o for o in as_written(hydra.overrides.hydra) if o.startswith("hydra.searchpath=")]
                 preset = [override for override in overrides if override.startswith("experiment=")]
                 given = [override for override in overrides if override not in preset]
                 again = functools.partial(compose, hydra.job.config_name)
                 drop_keys_of_others(config, again, hydra.runtime.choices, where, preset, given)
                 return task(config)
             except (UserError, OmegaConfBaseException) as error:
+                redact_error(error)
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":
                     raise
                 # Hydra prints the message of this type alone.
-                raise CompactHydraException(f"\n{error}") from None
+                raise CompactHydraException(f"\n{printable(str(error))}") from None
+            except Exception as error:  # of which Hydra prints the traceback
+                redact_error(error)
+                raise
 
         run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(guarded)
 
@@ -89,7 +97,7 @@ def refuse_no_member(overrides: list[str]) -> None:
         key, given, value = override.lstrip("+~").partition("=")
         folder = CONFIG_DIR / key.partition("@")[0]
         part = part_of(override)
-        if not key or not folder.is_dir():
+        if not key or not os.path.isdir(folder):  # Path's own raises for a name that is too long
             continue
         members = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         if given and re.fullmatch(r"null|[-+.\d]*", value.strip()):
@@ -255,15 +263,8 @@ def refuse_unknown(config: DictConfig, known: Mapping[str, Any] | set[str] | lis
 
 def resolved(config: DictConfig) -> dict[str, Any]:
     """The config as plain containers, interpolations resolved but those of the environment, which may be secret."""
-    return OmegaConf.to_container(OmegaConf.create(_escape(OmegaConf.to_container(config))), resolve=True)
-
-
-def _escape(plain: Any) -> Any:
-    if isinstance(plain, dict):
-        return {key: _escape(value) for key, value in plain.items()}
-    if isinstance(plain, list):
-        return [_escape(value) for value in plain]
-    return plain.replace("${oc.env", "\\${oc.env") if isinstance(plain, str) else plain
+    with references_kept():
+        return OmegaConf.to_container(config, resolve=True)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...]) -> list[str]:
@@ -309,7 +310,7 @@ def plain_command(usage: str) -> Callable[[Callable[[list[str]], Any]], Callable
             except UserError as error:
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":
                     raise
-                sys.exit(f"\n{error}")
+                sys.exit(f"\n{printable(str(error))}")
 
         return main
 

@@ -46,7 +46,7 @@ def check_types(node: Any, key: str) -> None:
             raise UserError(f"{full} must be a number, got {value}")
         if name in hints and not fits(value, hints[name]):
             raise UserError(f"{full} must be {describe(hints[name])}, got {value!r}")
-        if value is not None and full in _AT_LEAST and value < _AT_LEAST[full]:
+        if value is not None and full in _AT_LEAST and not (fits(value, float) and value >= _AT_LEAST[full]):
             raise UserError(f"{full} must be at least {_AT_LEAST[full]}, got {value!r}")
         check_types(value, full)
 

@@ -25,8 +25,6 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, distributed, nn
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -43,6 +41,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.layers import layers_of
 from lit_rlhf.preemption import PREEMPTED, Preempted, passing_on
 from lit_rlhf.quiet import quiet
+from lit_rlhf.sharded_reader import load_shards
 
 T = TypeVar("T")
 _GRACE_SECONDS = 20.0  # for the other processes to end by themselves when one has failed; twice that at most
@@ -151,7 +150,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         optimizers = self.optimizers if self.lightning_module.trainer.state.fn == "fit" else []
         states = {f"optimizer_{n}": self.optimizer_state(optimizer) for n, optimizer in enumerate(optimizers)}
         states["state_dict"] = self.lightning_module_state_dict()
-        checkpoint.load(states, checkpoint_id=path)
+        load_shards(states, path)
         set_model_state_dict(self.model, states.pop("state_dict"), options=_TRAINED)
         for optimizer, state in zip(optimizers, states.values(), strict=True):
             set_optimizer_state_dict(self.model, optimizer, state, options=_TRAINED)
@@ -196,10 +195,10 @@ def whole_checkpoint(path: Path | None) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / path.name
-        dcp_to_torch_save(path, file)
-        weights = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        states: dict[str, Any] = {}
+        load_shards(states, path, whole=True)
         rest = torch.load(path / SHARDED_META, map_location="cpu", weights_only=True)
-        torch.save({**rest, "state_dict": weights}, file)
+        torch.save({**rest, "state_dict": states["state_dict"]}, file)
         yield file
 
 

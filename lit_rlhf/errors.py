@@ -1,4 +1,6 @@
-"""The one exception for mistakes that the user can mend."""
+"""The one exception for mistakes that the user can mend, and how its message reaches a terminal."""
+
+import unicodedata
 
 
 class UserError(ValueError):
@@ -6,3 +8,21 @@ class UserError(ValueError):
 
     Its message is all that the command line prints, so it says what was wrong, with the values, and what to do.
     """
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, which can rewrite what is on it, shown by their codes.
+
+    Line breaks and tabs stay. So do letters of every script, but not the marks that turn the direction of writing.
+
+    >>> printable("a\\tb\\x1b[2Jc\\u202e")
+    'a\\tb\\\\x1b[2Jc\\\\u202e'
+    """
+    return "".join(c if c in "\n\t" or not _steers(c) else repr(c)[1:-1] for c in text)
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
+
+
+_DIRECTIONS = {*map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))}

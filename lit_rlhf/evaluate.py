@@ -208,7 +208,8 @@ def complete(run: Run, contestant: Contestant) -> tuple[Rows, dict[str, float]]:
     keep.rows = []
     run.trainer.callbacks.append(keep)
     with whole_checkpoint(contestant.checkpoint) as path:
-        run.trainer.validate(run.algorithm, datamodule=run.datamodule, ckpt_path=path, verbose=False)
+        settings = {"ckpt_path": path, "weights_only": True, "verbose": False}
+        run.trainer.validate(run.algorithm, datamodule=run.datamodule, **settings)
     run.trainer.callbacks.remove(keep)
     if not keep.rows:
         raise UserError("there are no held-out prompts: the data's val_dataloader is empty")

@@ -22,6 +22,11 @@ def decode_key(key: str) -> str:
     return key.replace("--", ".").replace("-at-", "@")
 
 
+def as_written(overrides: Any) -> list[str]:
+    """Overrides of Hydra's own config as they were typed; reading them there would resolve what is in them."""
+    return OmegaConf.to_container(overrides, resolve=False)
+
+
 def quote(value: Any) -> str:
     """A value in Hydra's override grammar."""
     if value is None:
@@ -30,7 +35,8 @@ def quote(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str):
         # A bare word, unless Hydra would read another type from it
-        if re.fullmatch(r"[A-Za-z_/][\w./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+        plain = re.fullmatch(r"[A-Za-z_/][\w./-]*", value, flags=re.ASCII)
+        if plain and value.lower() not in ("null", "true", "false", "nan", "inf"):
             return value
         return QuotedString(value, Quote.single).with_quotes()
     if isinstance(value, list):

@@ -14,7 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from lit_rlhf.config import CONFIG_DIR, command, differences, flatten, refuse_no_member, refuse_unknown, resolved
 from lit_rlhf.errors import UserError
@@ -53,9 +53,9 @@ def run_pipeline(config: DictConfig) -> float | None:
         UserError: a mistake in any stage's config; a complete stage was made with another configuration; a stage fails;
             or a key belongs to no stage.
     """
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = resolved(config)
     stages: dict[str, list[str]] = plain["stages"]
-    folder = Path(plain["paths"]["output_dir"]).absolute()
+    folder = Path(config.paths.output_dir).absolute()
     refuse_unknown(config, {"task_name", "tags", "seed", "stages", "paths", "data", *stages})
     refuse_unknown(config, {"output_dir"}, under="paths")
     if "data" in config:

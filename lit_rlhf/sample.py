@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lit_rlhf.config import command, instantiate, refuse_unknown
 from lit_rlhf.data.tokenize import tokenize_prompts
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, printable
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rollout.sampler import Sampler
 
@@ -43,7 +43,7 @@ def main(config: DictConfig) -> None:
     columns = [complete(Policy.from_pretrained(path=name), prompts, sampler, config.seed) for name in names]
     table = Table("prompt", *names, show_lines=True)
     for row in zip(prompts, *columns, strict=True):
-        table.add_row(*map(Text, row))  # Text: completions may hold rich's markup
+        table.add_row(*(Text(printable(text)) for text in row))  # Text: completions may hold rich's markup
     Console().print(table)
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.overrides import split_override
+from lit_rlhf.overrides import as_written, split_override
 from lit_rlhf.run_folder import finite, format_rows, read_summary, replace_file
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         self._folder = Path(config.hydra.sweep.dir).absolute()
         self._threads = threads_per_job(config.hydra.launcher)
-        given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        given = OverridesParser.create().parse_overrides(as_written(config.hydra.overrides.task))
         self.fixed = {split_override(o.input_line)[0] for o in given if not o.is_sweep_override()}
         for earlier in _records(self._folder):
             earlier.unlink()
@@ -74,7 +75,8 @@ class Sweep(Callback):
 
     def _note(self, config: DictConfig, status: str, value: float | None = None, error: str = "") -> None:
         hydra = config.hydra
-        overrides = dict(split_override(o) for o in hydra.overrides.task if not o.startswith("~"))  # it has no value
+        given = as_written(hydra.overrides.task)
+        overrides = dict(split_override(o) for o in given if not o.startswith("~"))  # it has no value
         job = {"job": hydra.job.num, "overrides": overrides, "status": status, "value": value, "error": error}
         folder = Path(hydra.runtime.output_dir)
         job["folder"] = os.path.relpath(folder, self._folder)
@@ -153,7 +155,7 @@ def label_job(config: DictConfig, stage: str | None = None) -> None:
     logger = (config.get("logger") or {}).get("wandb")
     if logger is None:
         return
-    given = list(map(split_override, hydra.overrides.task))
+    given = list(map(split_override, as_written(hydra.overrides.task)))
     varied = [(key, value) for key, value in given if Sweep.job is None or key not in Sweep.job.fixed]
     overrides = ",".join(f"{key}={value}" for key, value in varied or given)
     end = f" {stage}" if stage else ""
@@ -180,10 +182,10 @@ def write_table(folder: Path, jobs: list[dict[str, Any]]) -> None:
     rows = [
         {
             **{"job": job["job"], "status": job["status"]},
-            **job["overrides"],
+            **{key: _no_formula(value) for key, value in job["overrides"].items()},
             **{"optimized_value": job["value"]},
             **{name: value for name, value in job["summary"].items() if name != "status"},
-            **{"error": job["error"], "folder": job["folder"].relative_to(folder)},
+            **{"error": _no_formula(job["error"]), "folder": job["folder"].relative_to(folder)},
         }
         for job in jobs
     ]
@@ -192,6 +194,18 @@ def write_table(folder: Path, jobs: list[dict[str, Any]]) -> None:
     texts = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
     replace_file(folder / TABLE, format_rows(columns, texts, header=True))
     log.info("%d jobs: %s", len(jobs), folder / TABLE)
+
+
+def _no_formula(text: str) -> str:
+    """A text as a spreadsheet shows it: one that would be a formula there, and is no number, begins with an apostrophe.
+
+    >>> _no_formula("=1+1"), _no_formula("-0.5"), _no_formula("@me")
+    ("'=1+1", '-0.5', "'@me")
+    """
+    with suppress(ValueError):
+        float(text)
+        return text
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def write_report(folder: Path, *, share: bool) -> None:

@@ -231,7 +231,7 @@ def _train(run: Run, config: DictConfig, start: float) -> None:
                 validate(run)
         if asked_to_stop() and run.trainer.world_size == 1:
             raise Preempted  # nothing was learned yet
-        run.trainer.fit(run.algorithm, datamodule=run.datamodule, ckpt_path=checkpoint)
+        run.trainer.fit(run.algorithm, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
         if run.trainer.interrupted:
             raise KeyboardInterrupt
         with writing(run.folder / "model"):

@@ -35,7 +35,7 @@ def split_rows(batch: Any) -> list[Row]:
     if "prompt" not in batch and "attention_mask" not in batch:
         raise UserError("the dataloader's batches have 'input_ids' without 'attention_mask': which tokens count?")
     key = "prompt" if "prompt" in batch else "input_ids"
-    if isinstance(batch[key], str) or getattr(batch[key], "ndim", 2) == 1:
+    if isinstance(batch[key], str) or not hasattr(batch[key], "__len__") or getattr(batch[key], "ndim", 2) == 1:
         raise UserError(f"the dataloader yields single rows ('{key}' is not a list); give it a batch_size")
     if is_transposed(batch[key]):
         raise UserError(
@@ -185,7 +185,12 @@ def render(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
             "the prompts of data are chats, but the tokenizer of policy has no chat template; use prompts that are "
             "texts, or a policy that was made for chats"
         )
-    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # of the template, which is code of the model's, in a sandbox
+        raise UserError(
+            f"the policy's chat template fails on {_short(prompt)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _short(value: Any) -> str:

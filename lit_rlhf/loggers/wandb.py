@@ -19,6 +19,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.loggers.wandb_objects import distributions, input_artifacts, output_artifact, samples_table
 from lit_rlhf.metrics import AXES
 from lit_rlhf.preemption import Preempted
+from lit_rlhf.redact import redact
 from lit_rlhf.run_folder import METRICS
 
 
@@ -282,7 +283,7 @@ class WandbLogger(LightningWandbLogger):
                 self._attempt("log the model", self._log_output)
             elif status == "failed":
                 text = f"{type(error).__name__}: {error}" if error else f"exit code {exit_code}"
-                self._attempt("send an alert", lambda: self._alert("Run failed", text))
+                self._attempt("send an alert", lambda: self._alert("Run failed", redact(text)))
         if self._started_here:
             self._attempt("finish", lambda: self._experiment.finish(exit_code=exit_code))
         self._experiment, self._started_here = _NoRun(), False

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
@@ -12,7 +13,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.layers import compile_layers
 from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.policy import Policy, PolicyOutput
-from lit_rlhf.models.sources import not_loaded, resolve_model
+from lit_rlhf.models.sources import NO_CODE, not_loaded, resolve_model
 from lit_rlhf.rollout.sampler import position_ids
 
 HEAD_FILE = "value_head.safetensors"
@@ -76,7 +77,10 @@ class SeparateCritic(nn.Module):
             self.backbone: PreTrainedModel = policy.merged().base_model
             self.head = _Head(policy.hidden_size)
         elif (Path(init) / HEAD_FILE).exists():
-            self.backbone = AutoModel.from_pretrained(init, dtype=torch.float32)
+            try:
+                self.backbone = AutoModel.from_pretrained(init, dtype=torch.float32, **NO_CODE)
+            except Exception as error:  # of whatever is in the folder
+                raise not_loaded("critic.init", init, "critic", error) from error
             _require_same_vocabulary(init, self.backbone, policy)
             self.head = _Head(self.backbone.config.get_text_config().hidden_size)
             load_head(self.head, init)
@@ -130,15 +134,18 @@ def load_head(head: nn.Module, path: str) -> None:
     file = Path(path) / HEAD_FILE
     if not file.exists():
         raise UserError(f"critic.path={path}: there is no {HEAD_FILE} in this folder")
-    head.load_state_dict(load_file(file))
+    try:
+        head.load_state_dict(load_file(file))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"critic: {file} cannot be loaded: {error}") from error
 
 
 def _load_reward_model(path: str, policy: Policy) -> PreTrainedModel:
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            resolve_model(path), dtype=torch.float32, output_loading_info=True
+            resolve_model(path), dtype=torch.float32, output_loading_info=True, **NO_CODE
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whatever is in the folder
         raise not_loaded("critic.init", path, "sequence classifier", error) from error
     if model.config.num_labels != 1:
         raise UserError(f"critic.init={path} has {model.config.num_labels} labels; a critic starts from a model with 1")

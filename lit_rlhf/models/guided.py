@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -151,5 +152,5 @@ def load_guidance(folder: str | Path, model: PreTrainedModel) -> GuidedModel | P
             heads = nn.ModuleList(Head(config.hidden_size, config.vocab_size) for _ in range(guidance["heads"]))
         heads.load_state_dict(load_file(folder / HEADS_FILE), assign=True)
         return GuidedModel(model, heads.eval(), beta=guidance["beta"], prior=guidance["prior"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"policy.path={folder}: its Q heads cannot be loaded: {error}") from error

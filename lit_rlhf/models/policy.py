@@ -25,7 +25,7 @@ from lit_rlhf.functional import entropy_from_logits, selective_logprobs
 from lit_rlhf.layers import compile_layers
 from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.guided import GUIDANCE_FILE, GuidedModel, load_guidance
-from lit_rlhf.models.sources import not_loaded, resolve_model
+from lit_rlhf.models.sources import NO_CODE, not_loaded, resolve_model
 from lit_rlhf.rollout.sampler import position_ids
 
 
@@ -117,14 +117,14 @@ class Policy(nn.Module):
             UserError: nothing can be loaded from ``path``.
         """
         folder = resolve_model(path)
-        settings = {"dtype": torch.float32, "attn_implementation": attention}
+        settings = {"dtype": torch.float32, "attn_implementation": attention, **NO_CODE}
         try:
             if (Path(folder) / "adapter_config.json").exists():
                 model = AutoPeftModelForCausalLM.from_pretrained(folder, **settings).merge_and_unload()
             else:
                 model = AutoModelForCausalLM.from_pretrained(folder, **settings)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        except Exception as error:  # of whatever is in the folder
             raise not_loaded("policy.path", path, "causal language model", error) from error
         if attention is None:
             use_fitting_attention(model)
@@ -154,7 +154,7 @@ class Policy(nn.Module):
         ``tokenizer`` is a path or hub name, or ``bytes``: one token a byte, made on the spot. ``vocab_size`` may be
         larger than its vocabulary.
         """
-        made = byte_tokenizer() if tokenizer == "bytes" else AutoTokenizer.from_pretrained(resolve_model(tokenizer))
+        made = byte_tokenizer() if tokenizer == "bytes" else _load_tokenizer(tokenizer)
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if name in config:
                 check_int(f"policy.{name}", config[name], at_least=1)
@@ -333,6 +333,14 @@ class Policy(nn.Module):
         if self.compiled:  # which a copy is not: the reference is to compute what the policy does, to the last bit
             compile_layers(clone.base)
         return clone
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    folder = resolve_model(name)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    except Exception as error:  # of whatever is in the folder
+        raise not_loaded("policy.tokenizer", name, "tokenizer", error) from error
 
 
 def _require_plain_lora(model: PeftModel, lora: dict[str, Any]) -> None:

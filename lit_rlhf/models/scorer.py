@@ -16,7 +16,7 @@ from transformers import (
 from lit_rlhf.distributed import rank, whole
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.attention import use_fitting_attention
-from lit_rlhf.models.sources import not_loaded, resolve_model
+from lit_rlhf.models.sources import NO_CODE, not_loaded, resolve_model
 
 _NO_LIMIT = 10**6  # tokenizers without a length limit say 1e30
 
@@ -73,10 +73,10 @@ class Scorer(nn.Module):
         options = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
         try:
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, **options
+                folder, dtype=torch.float32, output_loading_info=True, **NO_CODE, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        except Exception as error:  # of whatever is in the folder
             raise not_loaded("path", path, "sequence classifier", error) from error
         use_fitting_attention(model)
         if labels is None and report["missing_keys"]:

@@ -12,6 +12,7 @@ the user's cache, and found there ever after:
 import functools
 import itertools
 import json
+import pickle
 import shutil
 import tarfile
 import zipfile
@@ -62,6 +63,8 @@ HUB_IDS = {
 }
 LIBRARIES = ("torch", "transformers", "gguf", "huggingface_hub")  # whose versions source.json records
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+#: For everything that transformers loads. By default it asks at the terminal whether to run a model's own code.
+NO_CODE = {"trust_remote_code": False}
 HUB_TIMEOUT = 5.0  # seconds for the one request that decides whether the hub can be reached
 
 RATING_STEMS = {
@@ -121,13 +124,28 @@ def fetch_all(*, force: bool = False) -> dict[str, Path]:
 
 def not_loaded(key: str, name: str, kind: str, error: Exception) -> UserError:
     """What to say of a model that transformers cannot load; ``key`` is the config key that names it."""
-    reason = f"{key}={name}: no {kind} could be loaded: {error}"
+    reason = f"{key}={name}: no {kind} could be loaded: {_reason(error)}"
     if Path(name).is_dir():
         return UserError(reason)
     return UserError(
         f"{reason}\nWhere the hub cannot be reached, download '{name}' elsewhere (hf download {name} --local-dir "
         f"FOLDER), put the folder on this machine and set {key}=FOLDER; {', '.join(HUB_IDS)} come by `lit-rlhf fetch`."
     )
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle with more in it than weights, which could run any code; nothing of it was run. "
+            "Have it saved as safetensors"
+        )
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python code that comes with it, which is never run (trust_remote_code is off). Choose a model of "
+            "a kind that transformers knows"
+        )
+    return f"{type(error).__name__}: {text}" if not isinstance(error, OSError | ValueError) else text
 
 
 def resolve_model(name: str) -> str:
@@ -252,7 +270,7 @@ def _extract(archive: zipfile.ZipFile, member: str, path: Path) -> None:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Writes the weights, dequantised to fp32, and the tokenizer in the Hugging Face layout."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        folder, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **NO_CODE
     )
     # The name under which its makers trained it would otherwise stand in every config saved from this one.
     vars(model.config).pop("_model_name_or_path", None)
@@ -262,12 +280,13 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         gguf_file=gguf.name,
         padding_side="left",
         model_max_length=model.config.max_position_embeddings,
+        **NO_CODE,
     )
     tokenizer.save_pretrained(folder)
 
 
 def _pad_left(folder: Path) -> None:
-    AutoTokenizer.from_pretrained(folder, padding_side="left").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder, padding_side="left", **NO_CODE).save_pretrained(folder)
 
 
 def _from_hub(name: str, folder: Path) -> dict[str, Any] | None:
