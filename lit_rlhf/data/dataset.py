@@ -4,7 +4,7 @@ import glob
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,7 @@ from lit_rlhf.checks import check_bool, check_int, check_number, check_text
 from lit_rlhf.data.base import PromptsData, Row
 from lit_rlhf.data.prompts import prompt_problem
 from lit_rlhf.data.text_files import Line, infer, opened, read_csv, read_jsonl
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, printable
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ class DatasetPrompts(PromptsData):
 
     def _require_prompts(self, name: str, columns: list[str]) -> None:
         if self.prompt_column is not None and self.prompt_column not in columns:
-            has = f"it has {', '.join(columns)}"
+            has = f"it has {names(columns)}"
             raise UserError(f"data.prompt_column={self.prompt_column}: {name} has no such column; {has}")
 
     def _good_rows(
@@ -273,7 +273,7 @@ class DatasetPrompts(PromptsData):
         """What keeps a row from being used."""
         column = self.prompt_column
         if column is not None and column not in row:
-            return f"no column {column!r} (data.prompt_column); it has {', '.join(row) or 'none'}"
+            return f"no column {column!r} (data.prompt_column); it has {names(row) or 'none'}"
         if column is not None and (problem := prompt_problem(row[column])):
             return f"column {column!r} {problem}"
         for name, kind in self.types.items():
@@ -285,16 +285,16 @@ class DatasetPrompts(PromptsData):
 
     def _find_columns(self, tables: list[Table]) -> list[str]:
         """The names of the columns to pass on, which every table must have."""
-        names, hint = self.columns, ""
-        if names is None:
+        chosen, hint = self.columns, ""
+        if chosen is None:
             hint = " (data.columns=null passes on every column; name those that all have)"
             every = dict.fromkeys(name for table in tables for name in table.columns)
-            names = [name for name in every if name not in (self.prompt_column, "prompt")]
+            chosen = [name for name in every if name not in (self.prompt_column, "prompt")]
         for table in tables:
-            if missing := [name for name in names if name not in table.columns]:
-                has = f"it has {', '.join(table.columns)}"
+            if missing := [name for name in chosen if name not in table.columns]:
+                has = f"it has {names(table.columns)}"
                 raise UserError(f"data.columns: {table.name} has no column {missing[0]!r}; {has}{hint}")
-        return names
+        return chosen
 
     def _hold_out(self, rows: Sequence[Row], fraction: float) -> tuple[Sequence[Row], Sequence[Row]]:
         count = max(1, round(fraction * len(rows)))
@@ -303,6 +303,16 @@ class DatasetPrompts(PromptsData):
         held_out = set(random.Random(self.seed).sample(range(len(rows)), count))
         left = [number for number in range(len(rows)) if number not in held_out]
         return Subset(rows, left), Subset(rows, sorted(held_out))
+
+
+def names(columns: Iterable[str]) -> str:
+    """The columns of a file for a message of one line, whatever they are called.
+
+    >>> names(["prompt", "an\\nswer"])
+    'prompt, an swer'
+    """
+    text = " ".join(printable(", ".join(columns)).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def require_rows(key: str, path: str | list[str] | None, tables: list[Table], bad: BadRows) -> list[Table]:
