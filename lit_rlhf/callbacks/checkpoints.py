@@ -153,7 +153,7 @@ class Checkpoints(Checkpoint):
             if self._best is None or (value > best if self._better == "higher" else value < best):
                 self._best = (name, value)
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         except UserError as error:
             kept = written(self.folder)
             left = f"those before it are as they were, the newest is {kept[0].name}" if kept else "there is no other"
