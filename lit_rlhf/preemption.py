@@ -57,6 +57,19 @@ def listening() -> Iterator[None]:
 
 
 @contextmanager
+def not_listening() -> Iterator[None]:
+    """Inside ``listening``, gives the signals back to whoever had them before."""
+    outside = _Noted.outside or {}
+    for number, handler in outside.items():
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in outside:
+            signal.signal(number, _note)
+
+
+@contextmanager
 def passing_on(pass_on: Callable[[int], None]) -> Iterator[None]:
     """Inside ``listening``, calls ``pass_on(number)`` for every signal: this process's children do the work."""
     _Noted.pass_on = pass_on

@@ -27,7 +27,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.machine import best_precision, keep_freed_memory, peak_memory_gb, reset_peak_memory
 from lit_rlhf.metrics import lookup
-from lit_rlhf.preemption import Preempted, asked_to_stop, listening
+from lit_rlhf.preemption import Preempted, asked_to_stop, listening, not_listening
 from lit_rlhf.quiet import quiet
 from lit_rlhf.run_folder import CONFIG, SUMMARY, read_summary, replace_file, write_summary, writing
 from lit_rlhf.sweep import in_multirun, label_job
@@ -193,12 +193,11 @@ def train_here(config: DictConfig | dict[str, Any]) -> None:
     start = time.perf_counter()
     reset_peak_memory()
     run = build(config)
-    if not any(isinstance(callback, Checkpoints) for callback in run.trainer.callbacks):
-        return _train(run, config, start)  # without a checkpoint to continue from, signals do what they always do
     # Lightning's own handlers would end the run in the middle of a validation, and with the exit code 0.
     run.trainer._signal_connector.register_signal_handlers = lambda: None
-    with listening():
-        return _train(run, config, start)
+    stops = any(isinstance(callback, Checkpoints) for callback in run.trainer.callbacks)
+    with listening() if stops else not_listening():  # without Checkpoints, signals do what they always do
+        _train(run, config, start)
 
 
 def _train(run: Run, config: DictConfig, start: float) -> None:

@@ -247,6 +247,24 @@ def test_a_checkpoint_of_an_older_layout_is_continued_from(whole):
     assert Path("run/checkpoints/last.ckpt").is_symlink()
 
 
+def test_a_damaged_shard_is_recognised_and_the_sharded_checkpoint_before_is_used(capfd):
+    two = [*RUN, "trainer=fsdp2", "trainer.devices=2", "trainer.limit_val_batches=0", "paths.output_dir=run"]
+    assert run_here(*two, "trainer.max_epochs=2").code == 0
+    first = rows("run")
+    newest = written(Path("run/checkpoints"))[0]
+    assert newest.is_dir()
+    shard = newest / "__1_0.distcp"
+    flip(shard)
+    result = run_here(*two, "trainer.max_epochs=3")
+    assert result.code == 0, result.err
+    assert f"the SHA-256 of {newest.name}/{shard.name} is" in capfd.readouterr().err  # of another process
+    assert rows("run")[:2] == first
+    assert [path.name for path in written(Path("run/checkpoints"))] == [
+        "step=00000006-epoch=0003.ckpt", "step=00000004-epoch=0002.ckpt"
+    ]  # fmt: skip
+    assert not any(map(damage, written(Path("run/checkpoints"))))
+
+
 # ---- a full disk ----------------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,12 @@ def test_a_signal_in_the_last_moments_changes_nothing_for_a_single_run():
     assert summary()["status"] == "completed"
 
 
+def test_without_checkpoints_a_signal_does_what_it_always_does():
+    assert start("callbacks=progress", strike={"name": "SIGINT", "step": 5}).code == 1
+    assert summary()["status"] == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_wandb_is_told_that_the_run_is_preempting():
     assert start("logger=csv_wandb", strike={"step": 5}).code == PREEMPTED
     assert start("logger=csv_wandb").code == 0

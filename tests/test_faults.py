@@ -1,0 +1,110 @@
+"""A small part of the campaign (``python -m tests.faults`` is the whole), and that it would find what it looks for."""
+
+import csv
+import json
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from command_line import ROOT, TINY, environment, run_here
+from safetensors.torch import load_file, save_file
+
+from tests.faults.campaign import FAULTS, plan
+from tests.faults.comparison import compare
+from tests.faults.tasks import algorithms, is_offline
+
+
+def test_runs_that_are_killed_preempted_and_damaged_end_as_if_nothing_had_happened(tmp_path):
+    command = [sys.executable, "-m", "tests.faults", "--algorithms", "grpo", "sft", "--faults", "2"]
+    result = subprocess.run(command, cwd=ROOT, env=environment(TMPDIR=tmp_path), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (total,) = [line.split() for line in result.stdout.splitlines() if line.startswith("all ")]
+    assert total == ["all", "4", "4", "0", "0"]
+
+
+def test_every_algorithm_and_every_fault_has_its_turn():
+    chosen = plan(algorithms(), 5, random.Random(0))
+    assert list(chosen) == algorithms()
+    assert {len(faults) for faults in chosen.values()} == {5}
+    assert {fault for faults in chosen.values() for fault in faults} == set(FAULTS)
+    assert sum(fault.startswith("kill") for faults in chosen.values() for fault in faults) >= 50
+    offline = {name for name in algorithms() if is_offline(name)}
+    assert {"sft", "reward_model", "dpo", "cdpo", "dqn"} <= offline
+    assert not {"ppo", "trpo", "online_dpo"} & offline
+    assert not any("kill in rollout" in chosen[name] for name in offline)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults") / "whole"
+    assert run_here("train", *TINY, "trainer.max_epochs=2", f"paths.output_dir={folder}").code == 0
+    return folder
+
+
+def weight(run):
+    file = run / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    tensors[name].view(torch.int32).reshape(-1)[0] ^= 5  # two bits
+    save_file(tensors, file, {"format": "pt"})
+    return 2, 0
+
+
+def moment(run):
+    file = run / "checkpoints" / "last.ckpt"
+    stored = torch.load(file, weights_only=True)
+    stored["optimizer_states"][0]["state"][0]["exp_avg"].view(torch.int32).reshape(-1)[0] ^= 1
+    torch.save(stored, file)
+    return 1, 0
+
+
+def tokens(run):
+    file = run / "checkpoints" / "last.ckpt"
+    stored = torch.load(file, weights_only=True)
+    stored["lit_rlhf"]["tokens"] += 1
+    torch.save(stored, file)
+    return 1, 0
+
+
+def row(run):
+    lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
+    (run / "metrics.csv").write_text("".join(lines[:-1]))
+    return 0, 1
+
+
+def doubled(run):
+    lines = (run / "samples.jsonl").read_text().splitlines(keepends=True)
+    (run / "samples.jsonl").write_text("".join([*lines, lines[-1]]))
+    return 0, 1
+
+
+def value(run):
+    with open(run / "metrics.csv", newline="") as file:
+        found = list(csv.reader(file))
+    found[-1][found[0].index("objective/kl")] += "1"
+    with open(run / "metrics.csv", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(found)
+    return 0, 1
+
+
+def clock(run):
+    with open(run / "metrics.csv", newline="") as file:
+        found = list(csv.reader(file))
+    found[-1][found[0].index("time/iteration")] += "1"
+    with open(run / "metrics.csv", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(found)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"wall_seconds": 1.0}))
+    return 0, 0
+
+
+@pytest.mark.parametrize("change", [weight, moment, tokens, row, doubled, value, clock])
+def test_the_comparison_counts_bits_and_rows_that_differ_but_not_times(whole, tmp_path, change):
+    shutil.copytree(whole, tmp_path / "cut", symlinks=True)
+    expected = change(tmp_path / "cut")
+    found = compare(whole, tmp_path / "cut")
+    assert (found.bits, found.rows) == expected
+    assert bool(found.where) == any(expected)
