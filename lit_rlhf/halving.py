@@ -54,17 +54,12 @@ class Halving:
         Raises:
             UserError: it runs out of memory with half of them as well, or with one, or it is not ``allowed`` to retry.
         """
-        try:
-            return work(self.size(stage, full))
-        except (RuntimeError, MemoryError) as error:
-            self.halve(error, stage, full, allowed=allowed)
-        # Not within the except: there the error's frames hold what is to be freed.
-        free()
-        try:
-            return work(self.size(stage, full))
-        except (RuntimeError, MemoryError) as error:
-            self.halve(error, stage, full)
-            raise AssertionError from error
+        while True:
+            try:
+                return work(self.size(stage, full))
+            except (RuntimeError, MemoryError) as error:
+                self.halve(error, stage, full, allowed=allowed)  # raises the second time
+            free()  # not within the except: there the error's frames hold what is to be freed
 
     def halve(self, error: Exception, stage: str, full: int, *, unit: int = 1, allowed: bool = True) -> None:
         """Lets the stage work in halves because of ``error``.

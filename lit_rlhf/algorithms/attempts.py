@@ -5,10 +5,9 @@ import logging
 from typing import Any
 
 from lit_rlhf.batch import Experience
-from lit_rlhf.callbacks.kl_guard import RolledBack
 from lit_rlhf.distributed import gather, rank
 from lit_rlhf.rewards.failure import RewardFailure
-from lit_rlhf.rollout.loader import RolloutLoader
+from lit_rlhf.rollout.loader import RolledBack, RolloutLoader
 
 log = logging.getLogger(__name__)
 

@@ -266,8 +266,7 @@ class Algorithm(L.LightningModule):
             self.backward_now(share * self.batch_loss(first))
             return rest * self.batch_loss(second)
         except (RuntimeError, MemoryError) as error:
-            self.halve_updates(error, batch)
-            raise AssertionError from error
+            self.halve_updates(error, batch)  # raises, as these are halves already
 
     def backward_now(self, loss: Tensor) -> None:
         """Adds a loss's gradients as Lightning does after a training step."""

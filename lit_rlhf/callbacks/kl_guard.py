@@ -13,14 +13,11 @@ from lightning.pytorch.callbacks import Callback
 from lit_rlhf.callbacks.checkpoints import Checkpoints
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.errors import UserError
+from lit_rlhf.rollout.loader import RolledBack
 
 log = logging.getLogger(__name__)
 
 ACTIONS = ("stop", "rollback")
-
-
-class RolledBack(Exception):
-    """The run stands at an earlier iteration's beginning; whatever was under way is void."""
 
 
 class KLGuard(Callback):
@@ -42,6 +39,7 @@ class KLGuard(Callback):
 
     Raises:
         UserError: a value is out of its range; in a run, a KL that ends it.
+        RolledBack: in a run, after a rollback.
     """
 
     def __init__(

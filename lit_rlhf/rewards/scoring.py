@@ -22,8 +22,9 @@ Reward = Callable[..., Any]
 A reward that names the argument ``completion_ids`` gets each completion's token ids, a list of lists; one that names
 ``tokenizer`` gets the policy's. It may return one number per token, as a list of lists of these lengths or as a
 Tensor (B, T). A reward with a method ``learn_from(scores)`` gets the ``Scores`` of each training iteration; one with
-``state_dict`` and ``load_state_dict`` is saved with the run. Of several processes each calls the reward with its share
-of the completions, and ``learn_from`` with those of all: a reward that learns there stays the same in every process.
+``state_dict`` and ``load_state_dict`` is saved with the run; where one with ``on_failure = "skip_batch"`` fails, the
+run goes on with other prompts. Of several processes each calls the reward with its share of the completions, and
+``learn_from`` with those of all: a reward that learns there stays the same in every process.
 """
 
 

@@ -13,6 +13,10 @@ from lit_rlhf.rollout.philox import derive_seed
 PROCESSES = "the number of processes (trainer.devices * trainer.num_nodes)"
 
 
+class RolledBack(Exception):
+    """A callback has put the run back to an earlier iteration's beginning: the rollout under way is void."""
+
+
 def exact_div(number: int, divisor: int, number_name: str, divisor_name: str) -> int:
     """``number / divisor`` where it divides.
 

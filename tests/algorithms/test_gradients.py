@@ -263,7 +263,7 @@ def test_online_dpo_by_the_formula_of_dpos_gradient():
 
 def test_trpos_objective_has_the_policy_gradient():
     def surrogate(module, batch, output):
-        (part,) = module._parts(batch)
+        (part,) = module._parts(batch, len(batch))
         return -module._surrogate(part)
 
     found, policy, problem = expected_gradient("TRPO", lam=1.0, whiten_advantages=False, loss=surrogate)
