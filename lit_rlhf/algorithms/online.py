@@ -350,7 +350,10 @@ class OnlineAlgorithm(Algorithm):
         if "policy/ratio_max" in metrics:
             numbers["probability ratio"] = metrics["policy/ratio_max"].detach()
         loss = self.guard.spoiled(loss, numbers)
-        self.step_means.add({name: x.detach() for name, x in {**metrics, "loss/total": loss}.items()}, count)
+        # A loss over completions counts them alike, however long they are; everything else is over tokens.
+        over = count if self.loss_over == "tokens" else float(len(batch))
+        for name, x in {**metrics, "loss/total": loss}.items():
+            self.step_means.add({name: x.detach()}, over if name.startswith("loss/") else count)
         if self.target_kl is not None and "policy/approxkl" in metrics:
             self.minibatch_kl.add({"kl": metrics["policy/approxkl"]}, count)
         return loss * batch.weight if self.loss_over == "tokens" else loss
