@@ -76,6 +76,8 @@ class Spoiled(PPO):
         bad = rank() == world_size() - 1 and self.trainer.global_step in (1, 2)
         return (loss * math.nan if bad else loss), metrics
 
+#: Half of all bytes end a completion, so that the completions of some processes are done long before others'.
+SHORT = Sampler(max_new_tokens=12, stop_tokens=list(range(3, 131)))
 
 #: name -> (algorithm, datamodule, settings of the trainer)
 RUNS = {
@@ -84,7 +86,7 @@ RUNS = {
     "separate": (lambda _: ppo(critic=SeparateCritic, clip=AdaptiveKLPenalty()), Prompts, {}),
     "spoiled": (lambda _: ppo(algorithm=Spoiled), Prompts, {}),
     "stopped": (lambda _: ppo(target_kl=1e-4), Prompts, {}),
-    "grpo": (lambda _: group(GRPO), Prompts, {}),
+    "grpo": (lambda _: group(GRPO, sampler=SHORT), Prompts, {}),
     "online_dpo": (lambda _: group(OnlineDPO), Prompts, {}),
     "trpo": (lambda _: group(TRPO), Prompts, {"max_epochs": 1}),
     "dpo": (lambda _: DPO(policy=tiny_policy(), optimizer=momentum, log_every_n_steps=1), Pairs, {}),
@@ -104,11 +106,32 @@ RUNS = {
 SHARDED = [name for name in RUNS if name not in ("trpo", "dqn")]
 
 
+class FirstGradient(Watch):
+    """Keeps the gradient of the first optimiser step, too."""
+
+    gradient = None
+
+    def on_train_batch_start(self, *_):
+        pass
+
+    def on_before_optimizer_step(self, _trainer, module, _optimizer):
+        if self.gradient is None:
+            found = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+            self.gradient = {n: whole(x).clone() for n, x in found.items()}
+
+
+def controllers_of(module):
+    """The state of everything that is adapted from iteration to iteration."""
+    if not module.online:
+        return {}
+    state = module.state()
+    return {name: state[name] for name in ("controllers", "scores", "minibatch_kl", "last_kl", "tokens")}
+
+
 def run(folder, name, *, model=None, strategy="auto", devices=1, saved=None, ckpt_path=None, every=None, **settings):
     """Runs ``RUNS[name]`` and leaves ``<saved or name>.<rank>.pt``: weights, rows and samples of this process."""
     algorithm, data, options = RUNS[name]
-    module, watch = algorithm(model), Watch()
-    watch.on_train_batch_start = lambda *_: None
+    module, watch = algorithm(model), FirstGradient()
     checkpoints = ModelCheckpoint(
         dirpath=folder / f"{saved or name}_checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=every
     )
@@ -125,6 +148,8 @@ def run(folder, name, *, model=None, strategy="auto", devices=1, saved=None, ckp
         "rows": [{n: x for n, x in row.items() if not n.startswith("time/") and "per_second" not in n}
                  for row in watch.rows],
         "samples": watch.samples,
+        "gradient": watch.gradient,
+        "controllers": controllers_of(module),
     }  # fmt: skip
     torch.save(result, folder / f"{saved or name}.{rank()}.pt")
 
@@ -149,6 +174,14 @@ def broken_in_the_second(prompts, completions, **columns):
     if rank() == 1:
         raise UserError("planted in the second process")
     return letters(prompts, completions)
+
+
+class KilledInUpdate(L.Callback):
+    """The second process, at its second minibatch."""
+
+    def on_train_batch_start(self, _trainer, _module, _batch, number):
+        if rank() == 1 and number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_in_the_second(prompts, completions, **columns):

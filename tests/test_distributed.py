@@ -13,6 +13,7 @@ import torch
 from classifiers import save_classifier
 from command_line import TINY, environment, run_here
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +57,12 @@ class TestTwoProcesses:
         assert all(torch.equal(x, second["weights"][n]) for n, x in first["weights"].items())
         assert first["rows"] == second["rows"]
         assert first["samples"] == second["samples"]
+        assert repr(first["controllers"]) == repr(second["controllers"])  # KL, clip range, moments of scores
+
+    def test_compute_the_gradient_of_one_process(self, folder, kind, name):
+        one, two = result(folder, name)["gradient"], result(folder, f"{kind}_{name}")["gradient"]
+        assert max(float(x.abs().max()) for x in one.values()) > 1e-3
+        assert_close(two, one, atol=1e-5, rtol=0)
 
     def test_take_the_same_steps_as_one_process_with_the_same_global_batch(self, folder, kind, name):
         one, two = result(folder, name), result(folder, f"{kind}_{name}")
@@ -69,6 +76,9 @@ class TestTwoProcesses:
             assert row.keys() == other.keys()
             for metric in row.keys() - {*COUNTS}:
                 assert row[metric] == pytest.approx(other[metric], rel=2e-3, abs=1e-5), metric
+        for curve in ("objective/scores", "rollout/response_length"):
+            values = [[row[curve] for row in run["rows"] if curve in row] for run in (one, two)]
+            assert values[0] == pytest.approx(values[1], rel=1e-6)
 
     def test_export_one_whole_model(self, folder, kind, name):
         export, expected = folder / f"{kind}_{name}_model", folder / f"{name}_model"
@@ -76,6 +86,14 @@ class TestTwoProcesses:
         if name != "reward_model":
             model, one = (AutoModelForCausalLM.from_pretrained(path) for path in (export, expected))
             assert_close(model.state_dict(), one.state_dict(), atol=2e-6, rtol=1e-5)
+
+
+def test_completions_of_one_process_may_take_more_steps_than_those_of_another(folder):
+    rows = result(folder, "grpo")["samples"]
+    quarters = [max(row["length"] for row in rows[start : start + 4]) for start in range(0, len(rows), 4)]
+    assert len(quarters) == 4  # two iterations of eight completions, four in each of two processes
+    assert quarters[0] != quarters[1]
+    assert quarters[2] != quarters[3]
 
 
 def test_a_run_with_a_target_kl_stops_its_updates_in_all_processes_at_once(folder):
@@ -142,8 +160,15 @@ def test_a_mistake_in_one_process_ends_the_run_with_its_message(tmp_path):
     assert read_summary(tmp_path)["status"] == "failed"
 
 
-def test_a_process_that_is_killed_ends_the_others_within_a_minute(tmp_path):
-    config = ["trainer=ddp", "trainer.devices=2", "reward._target_=processes.killed_in_the_second"]
+KILLED = {
+    "rollout": ["reward._target_=processes.killed_in_the_second"],
+    "update": ["+callbacks.kill._target_=processes.KilledInUpdate", "trainer.limit_val_batches=0"],
+}
+
+
+@pytest.mark.parametrize(("kind", "where"), [("ddp", "rollout"), ("fsdp2", "update")])
+def test_a_process_that_is_killed_ends_the_others_within_a_minute(tmp_path, kind, where):
+    config = [f"trainer={kind}", "trainer.devices=2", *KILLED[where]]
     start = time.monotonic()
     with pytest.raises(UserError, match=r"process 1 of 2 ended early: .*SIGKILL"):
         train(compose_stage([*TINY, *config, f"paths.output_dir={tmp_path}"]))
@@ -178,6 +203,15 @@ def test_two_nodes_run_the_same_command_under_torchrun(tmp_path):
 def test_what_cannot_be_sharded_says_so():
     with pytest.raises(UserError, match="TRPO cannot be sharded; trainer=ddp"):
         processes.group(TRPO).shard(mesh=None)
+
+
+def test_deepspeed_is_refused_by_name(trainer):
+    run = trainer(max_epochs=1)
+    run.strategy.__class__ = type("Strategy", (DeepSpeedStrategy,), {})  # making one needs the package
+    module = processes.ppo()
+    module._trainer = run
+    with pytest.raises(UserError, match=r"trainer.strategy is DeepSpeed, which is not supported; .*trainer=fsdp2"):
+        module.setup("fit")
 
 
 class TestShares:

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
@@ -365,6 +365,9 @@ class Algorithm(L.LightningModule):
     def setup(self, stage: str) -> None:  # noqa: ARG002  (Lightning's signature)
         # Every process sees all prompts and batches and takes its share of their rows itself.
         self.trainer._accelerator_connector.use_distributed_sampler = False
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            # Its engine takes the optimiser over, and splits weights and checkpoints in ways of its own.
+            raise UserError("trainer.strategy is DeepSpeed, which is not supported; sharded training is trainer=fsdp2")
         write_to_files(self.trainer.strategy)
         if self.leaves_weights_out and isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # else it waits for their gradients
