@@ -88,7 +88,10 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     lines = whole_lines(path)
     if not lines:
         return [], []
-    columns, *records = csv.reader(lines)
+    try:
+        columns, *records = csv.reader(lines)
+    except csv.Error as error:
+        raise UserError(f"{path} is not CSV: {error}") from None
     rows = []
     for number, record in enumerate(records, start=2):
         if len(record) != len(columns):
@@ -144,7 +147,7 @@ def read_samples(run_dir: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
             raise UserError(f"{path}, line {number} is not an object with an integer 'iteration'.")
@@ -161,7 +164,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     path = run_dir / SUMMARY
     try:
         summary = json.loads(_text(path) or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(summary, dict):
         raise UserError(f"{path} is not a JSON object.")

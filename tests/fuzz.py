@@ -51,7 +51,8 @@ def steered(name: str, seconds: float) -> None:
     """Tries inputs that atheris makes; does not return."""
     import atheris
 
-    with atheris.instrument_imports(include=["lit_rlhf"]):
+    readers = ["data", "overrides", "config", "config_types", "chat", "run_folder", "rewards", "errors", "report_text"]
+    with atheris.instrument_imports(include=[f"lit_rlhf.{name}" for name in readers]):
         from fuzz_targets import TARGETS
     from test_fuzz import GOOD
 

@@ -45,6 +45,7 @@ FOUND = {
     "data_file": [b'{"\\n":null}'],  # a message of two lines
     "chat": [b"null", b'[{"role":null}]', b'[{"role":["user"],"content":"a"}]'],
     "overrides": ['"A\u00aa"'.encode(), b"9" * 400],  # a letter that Hydra does not read; the name of no file
+    "run_files": [b"[" * 10**5 + b"\n", b"a\rb\n"],  # too deep; not CSV
     "config_values": [b"[]", b'"a"'],  # where the least value is a number
 }
 
