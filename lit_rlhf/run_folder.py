@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,12 +33,21 @@ def writing(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):  # libraries wrap it in errors of their own
-            cause = cause.__cause__ or cause.__context__
-        if cause is None or cause.errno is None:
+        number = _error_number(error)
+        if number is None:
             raise
-        raise UserError(f"{path} cannot be written: {os.strerror(cause.errno)}") from error
+        raise UserError(f"{path} cannot be written: {os.strerror(number)}") from error
+
+
+def _error_number(error: BaseException | None) -> int | None:
+    """The system's number of what went wrong; libraries wrap it in errors of their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if told := re.search(r"\(os error (\d+)\)", str(error)):  # those in Rust, such as safetensors
+            return int(told[1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def sync(path: Path) -> None:

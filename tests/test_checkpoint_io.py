@@ -12,12 +12,14 @@ import torch
 from command_line import environment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors.torch import save_file
 from tiny import Prompts, letters, tiny_policy
 
 from lit_rlhf.algorithms import PPO
 from lit_rlhf.checkpoint_io import FileCheckpointIO, damage, folder_sums, place, written_to
 from lit_rlhf.errors import UserError
 from lit_rlhf.rollout.sampler import Sampler
+from lit_rlhf.run_folder import writing
 
 
 def ppo():
@@ -56,6 +58,12 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(tmp_pa
     writer.save_checkpoint({"step": 3}, path)
     assert torch.load(path) == {"step": 3}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_named(tmp_path):
+    with small_disk(1000), pytest.raises(UserError, match=r"model cannot be written: File too large"):
+        with writing(tmp_path / "model"):
+            save_file({"weight": torch.zeros(10_000)}, tmp_path / "model.safetensors")
 
 
 def test_a_mistake_that_is_not_the_disk_s_is_shown_as_it_is(tmp_path):

@@ -124,6 +124,14 @@ def test_a_run_that_goes_back_removes_what_came_after(trainer, tmp_path):
     assert not list((tmp_path / "c").glob("*.tmp"))
 
 
+def test_a_new_run_does_not_touch_another_one_s_checkpoints(trainer, tmp_path):
+    fit(trainer, Checkpoints(dirpath=tmp_path / "c"))
+    before = {path: path.read_bytes() for path in written(tmp_path / "c")}
+    with pytest.raises(UserError, match="c holds another run's checkpoints"):
+        fit(trainer, Checkpoints(dirpath=tmp_path / "c"))
+    assert {path: path.read_bytes() for path in written(tmp_path / "c")} == before
+
+
 def test_another_callback_s_checkpoints_stay_beside_it(trainer, tmp_path):
     user = ModelCheckpoint(dirpath=tmp_path / "mine", filename="{step}", save_top_k=1, monitor="step", mode="max")
     fit(trainer, Checkpoints(dirpath=tmp_path / "c"), user)

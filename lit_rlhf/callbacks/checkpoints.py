@@ -38,7 +38,8 @@ class Checkpoints(Checkpoint):
             `metrics.py` does not say which direction is better.
 
     Raises:
-        UserError: a value is too small; when it is written, the disk is full: older checkpoints stay as they are.
+        UserError: a value is too small; at the start, a new run finds another one's checkpoints; when one is written,
+            the disk is full: older checkpoints stay as they are.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Checkpoints(Checkpoint):
         here = written(self.folder)
         if trainer.ckpt_path and Path(trainer.ckpt_path).resolve() in here:
             self._saved = Path(trainer.ckpt_path).resolve().name
+        if here and not trainer.ckpt_path and self._saved is None:
+            raise UserError(f"{self.folder} holds another run's checkpoints: continue from one, or choose another one")
         trainer.strategy.barrier()  # every process has looked
         if trainer.is_global_zero and self.folder.is_dir():
             _remove_after(max(_number(name) for name in (self._name(trainer), self._saved) if name), here)
