@@ -274,3 +274,25 @@ def test_rows_of_before_stay(tmp_path):
         run(tmp_path, fresh(remote(server)), **QUIET)
     with open(tmp_path / "metrics.csv", newline="") as file:
         assert [row["iteration"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_a_rewards_state_is_that_of_before_the_failure(tmp_path):
+    class Counting:
+        calls = 0
+
+        def __call__(self, prompts, completions, **columns):
+            self.calls += 1
+            if self.calls == 2:
+                raise UserError("gone")
+            return letters(prompts, completions)
+
+        def state_dict(self):
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state):
+            self.calls = state["calls"]
+
+    with pytest.raises(RewardFailure, match="gone"):
+        run(tmp_path, fresh(Counting()), **QUIET)
+    stored = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["lit_rlhf"]
+    assert stored["reward"] == {"calls": 1}
