@@ -39,7 +39,8 @@ def run_here(*arguments: str | Path, module: str | None = None) -> Result:
     """
     out, err = io.StringIO(), io.StringIO()
     root, old_argv, precision = logging.getLogger(), sys.argv, torch.get_float32_matmul_precision()
-    handlers, level = root.handlers[:], root.level
+    own = logging.getLogger("lit_rlhf")
+    handlers, level, own_level = root.handlers[:], root.level, own.level
     sys.argv = ["lit-rlhf", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
@@ -56,6 +57,7 @@ def run_here(*arguments: str | Path, module: str | None = None) -> Result:
     finally:
         sys.argv = old_argv
         root.handlers, root.level = handlers, level  # Hydra's would keep writing to `out`
+        own.setLevel(own_level)  # which `estimate` raises
         torch.set_float32_matmul_precision(precision)
     return Result(code, out.getvalue(), err.getvalue())
 

@@ -30,7 +30,9 @@ def whole(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs in the background
+    yield tmp_path
+    signal.signal(signal.SIGINT, before)
 
 
 def start(*more, run="cut", strike=None):

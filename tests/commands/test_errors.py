@@ -347,7 +347,7 @@ def test_a_reward_that_raises_shows_its_own_traceback(user_module, folder):
     assert "ZeroDivisionError" in result.err
     assert "in raises" in result.err
     assert "'raises' raised this for one of 4 samples, of which the first is sample 0 (prompt '" in result.err
-    assert "last.ckpt is of this moment" in result.err
+    assert "step=00000000-epoch=0000.ckpt is of this moment" in result.err
     assert json.loads((folder / "run" / "summary.json").read_text())["status"] == "failed"
 
 
