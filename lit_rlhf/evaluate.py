@@ -76,7 +76,11 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         if not isinstance(config[key], ListConfig):
             raise UserError(f"{key}={config[key]} must be a list, such as {key}='[one, two]'")
     temperatures = [check_number("temperatures", t, at_least=0) for t in config.temperatures] or [None]
+    if len(set(temperatures)) < len(temperatures):
+        raise UserError(f"temperatures={list(config.temperatures)} names one twice")
     output = Path(config.paths.output_dir).absolute()
+    if (output / CONFIG).exists():
+        raise UserError(f"paths.output_dir={output} holds a run, whose files an evaluation would change")
     measured: dict[str, dict[str, Rows]] = {}
     policies: dict[str, dict[str, Any]] = {}
     for contestant in contestants(config, output):
@@ -126,7 +130,7 @@ def contestants(config: DictConfig, output: Path) -> list[Contestant]:
     base = _base(config)
     base.paths.output_dir = str(output)
     base.logger, base.callbacks = None, None
-    base.trainer.update({"enable_checkpointing": False, "enable_progress_bar": False})
+    base.trainer.update({"enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 1.0})
     base.trainer.update({"devices": 1, "num_nodes": 1, "strategy": "auto"})  # of a run in several processes, too
     for part, node in config.overrides.items():
         if isinstance(node, DictConfig) and "_target_" in node:
@@ -138,8 +142,8 @@ def contestants(config: DictConfig, output: Path) -> list[Contestant]:
         if not checkpoint.exists():
             raise UserError(f"checkpoint={config.checkpoint}: {checkpoint} does not exist")
         read_checkpoint(checkpoint)  # refuses what is no checkpoint
-    reference = config.reference is not None
-    found = [Contestant("policy", base, checkpoint, reference or config.run is not None)]
+    reference, own = config.reference is not None, config.run is not None and not config.get("policy")
+    found = [Contestant("policy", base, checkpoint, reference or own)]
     if reference:
         found.append(Contestant("reference", _of(base, str(config.reference)), None, False))
     elif checkpoint is not None:
@@ -268,7 +272,10 @@ def summarize(rows: Rows, metrics: Mapping[str, float], samples: int, has_refere
 
 
 def win_rates(rows: Rows, others: Rows) -> dict[str, Any]:
-    """How often completions are preferred to others of the same prompts, by the score and every gold score."""
+    """How often completions are preferred to others of the same prompts, by the score and every gold score.
+
+    Intervals are over completions: with several of a prompt they are too narrow where prompts differ much.
+    """
     judges = {"score": [[row["score"] for row in side] for side in (rows, others)]}
     for name in rows[0]["gold"]:
         judges[f"gold/{name}"] = [[row["gold"][name] for row in side] for side in (rows, others)]

@@ -385,7 +385,8 @@ def make_folder(folder: Path) -> None:
 
 def require_unused(folder: Path) -> None:
     """Raises UserError if a new run in ``folder`` would overwrite what another one has learned."""
-    for held in (f"checkpoints/{LAST}", "model"):
+    checkpoints = [LAST, *(path.name for path in written(folder / "checkpoints"))]
+    for held in (*(f"checkpoints/{name}" for name in checkpoints), "model"):
         if (folder / held).exists():
             raise UserError(
                 f"{folder} holds another run's {held}, which a new run would overwrite. Continue that run with "

@@ -153,3 +153,17 @@ def test_wrong_values_are_refused(settings, message):
 def test_an_algorithm_without_rollouts_has_no_use_for_it(trainer):
     with pytest.raises(UserError, match=r"callbacks\.kl_guard is for algorithms that complete prompts"):
         trainer(callbacks=[KLGuard(max_kl=1)], max_epochs=1).fit(SFT(policy=tiny_policy()), [{"text": ["a b"]}])
+
+
+def test_a_rollback_whose_checkpoint_cannot_be_written_leaves_those_before(tmp_path):
+    class Full(Checkpoints):
+        def on_rollback(self, trainer):
+            trainer.save_checkpoint = full
+            super().on_rollback(trainer)
+
+    def full(*_, **__):
+        raise UserError("no space left")
+
+    with pytest.raises(UserError, match="no space left"):
+        guarded(tmp_path, lr=0.16, guard=KLGuard(max_kl=3), checkpoints=Full)
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["lit_rlhf"]["iteration"] == 1

@@ -95,11 +95,20 @@ class Checkpoints(Checkpoint):
             self._link(self._saved)
 
     def on_rollback(self, trainer: Trainer) -> None:
-        """Removes what was written of later steps than this one, which may be written again; every process calls it."""
+        """Writes a checkpoint of now, then removes those of later steps; every process must call it.
+
+        A kill between the two leaves a later one, which is then rolled back once more.
+
+        Raises:
+            UserError: it cannot be written; those before stay as they are.
+        """
+        name, self._value = self._name(trainer), None
+        trainer.save_checkpoint(self.folder / name, weights_only=False)
+        self._saved = name
         if trainer.is_global_zero:
-            _remove_after(_number(self._name(trainer)), written(self.folder))
+            _remove_after(_number(name), written(self.folder))
+            self._link(name)
         trainer.strategy.barrier()
-        self._saved = self._value = None
         if self._best is not None and not (self.folder / self._best[0]).exists():
             self._best = None
 

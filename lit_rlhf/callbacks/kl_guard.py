@@ -92,7 +92,7 @@ class KLGuard(Callback):
         before = stored["callbacks"][self.state_key]["rollbacks"]
         restore(trainer, pl_module, stored)
         slow_down(trainer, self.lr_factor ** (self.rollbacks - before))
-        pl_module.save_state()  # which a resume begins from, not from what was taken back
+        keep_state(trainer, pl_module)
         raise RolledBack
 
     def _promote(self, trainer: Trainer) -> None:
@@ -123,11 +123,17 @@ def restore(trainer: Trainer, module: LightningModule, stored: dict[str, Any]) -
     module.loader.load_state_dict(stored["lit_rlhf"]["loader"])
     module._loader_state = None  # it is loaded
     module.cut_rows(module.last_logged)
+
+
+def keep_state(trainer: Trainer, module: LightningModule) -> None:
+    """Writes the checkpoint that a resume begins from, not from what was taken back."""
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, Checkpoints):
-            callback.on_rollback(trainer)
-        elif hasattr(callback, "_last_global_step_saved"):
+        if hasattr(callback, "_last_global_step_saved"):
             callback._last_global_step_saved = 0  # else it takes the step for one that it has saved
+    if isinstance(trainer.checkpoint_callback, Checkpoints):
+        trainer.checkpoint_callback.on_rollback(trainer)
+    else:
+        module.save_state()
 
 
 def _go_on(loop: Any) -> None:

@@ -433,6 +433,11 @@ def test_a_new_run_does_not_overwrite_what_another_one_learned(folder):
     assert start().code == 0
     before = {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()}
     refused(start("seed=1"), "holds another run's checkpoints/last.ckpt", "ckpt_path=auto", "paths.output_dir=")
+    last = Path("run/checkpoints/last.ckpt")
+    link = last.readlink()
+    last.unlink()  # as a kill between the two leaves it
+    refused(start("seed=1"), "holds another run's checkpoints/step=")
+    last.symlink_to(link)
     assert {file: file.read_bytes() for file in before} == before
 
 

@@ -1,6 +1,7 @@
 """``lit-rlhf eval``: of runs and of models, at several temperatures, against others."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,19 @@ def test_what_cannot_be_evaluated_is_refused(arguments, message, here):
     assert result.code == 1
     assert message in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_run_s_own_folder_is_left_alone(here):
+    before = Path("one/samples.jsonl").read_bytes(), Path("one/metrics.csv").read_bytes()
+    result = run_here("eval", "run=one", "paths.output_dir=one")
+    assert result.code == 1
+    assert "holds a run" in result.err
+    assert (Path("one/samples.jsonl").read_bytes(), Path("one/metrics.csv").read_bytes()) == before
+
+
+def test_another_policy_is_not_measured_to_itself_and_limits_of_the_run_do_not_count(here):
+    shutil.copytree("one", "limited", symlinks=True, dirs_exist_ok=True)
+    config = Path("limited/config.yaml")
+    config.write_text(config.read_text().replace("limit_val_batches: 1.0", "limit_val_batches: 0"))
+    found, _ = evaluation("run=limited", "policy=pretrained", "policy.path=two/model")
+    assert "objective/kl" not in found["policies"]["policy"]["1"]
