@@ -1,8 +1,8 @@
 """PyTorch Lightning modules for RLHF experiments. The public names; each is imported when it is first used."""
 
 import os
-from importlib import import_module
-from typing import Any
+
+from lit_rlhf.imports import lazily as _lazily
 
 __version__ = "0.1.0"
 
@@ -122,10 +122,7 @@ _HOME = {
 __all__ = [*_HOME]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lit_rlhf' has no attribute {name!r}")
-    return getattr(import_module(f"lit_rlhf.{_HOME[name]}"), name)
+__getattr__ = _lazily(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -92,11 +92,11 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
             run.algorithm.reference = make_reference(Policy.from_pretrained(path=config.reference))
         _repeat(run.datamodule, samples)
         measured[contestant.name], policies[contestant.name] = {}, {}
-        for temperature in temperatures:
+        for number, temperature in enumerate(temperatures):
             if temperature is not None:
                 run.algorithm.sampler.temperature = temperature
             key = f"{run.algorithm.sampler.temperature:g}"
-            rows, metrics = complete(run, contestant)
+            rows, metrics = complete(run, None if number else contestant.checkpoint)
             if len(rows) % samples:
                 raise UserError("samples_per_prompt: the data gives other held-out prompts when it is asked again")
             measured[contestant.name][key] = rows
@@ -200,18 +200,18 @@ def _run_config(folder: Path) -> DictConfig:
 class _Keep(L.Callback):
     """Keeps the rows of a validation."""
 
-    rows: Rows
+    def __init__(self) -> None:
+        self.rows: Rows = []
 
     def on_samples(self, _trainer: Any, _module: Any, _iteration: int, rows: Rows) -> None:
         self.rows = rows
 
 
-def complete(run: Run, contestant: Contestant) -> tuple[Rows, dict[str, float]]:
-    """The rows and metrics of all held-out prompts."""
+def complete(run: Run, checkpoint: Path | None) -> tuple[Rows, dict[str, float]]:
+    """The rows and metrics of all held-out prompts, with the weights of ``checkpoint`` or those that there are."""
     keep = _Keep()
-    keep.rows = []
     run.trainer.callbacks.append(keep)
-    with whole_checkpoint(contestant.checkpoint) as path:
+    with whole_checkpoint(checkpoint) as path:
         settings = {"ckpt_path": path, "weights_only": True, "verbose": False}
         run.trainer.validate(run.algorithm, datamodule=run.datamodule, **settings)
     run.trainer.callbacks.remove(keep)

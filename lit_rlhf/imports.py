@@ -1,9 +1,21 @@
 """Objects by their dotted names, with messages that name the part which failed."""
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lit_rlhf.errors import UserError
+
+
+def lazily(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's ``__getattr__`` that imports a name from its submodule, ``home[name]``, when it is first used."""
+
+    def get(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+
+    return get
 
 
 def find(key: str, dotted: str) -> Any:

@@ -103,11 +103,9 @@ class Checkpoints(Checkpoint):
             UserError: it cannot be written; those before stay as they are.
         """
         name, self._value = self._name(trainer), None
-        trainer.save_checkpoint(self.folder / name, weights_only=False)
-        self._saved = name
+        self._write(trainer, name)
         if trainer.is_global_zero:
             _remove_after(_number(name), written(self.folder))
-            self._link(name)
         trainer.strategy.barrier()
         if self._best is not None and not (self.folder / self._best[0]).exists():
             self._best = None
@@ -160,12 +158,19 @@ class Checkpoints(Checkpoint):
         if trainer.fast_dev_run or name == self._saved:
             return path
         if self._value is not None and self._value[0] == pl_module.axes["iteration"]:
-            value = self._value[1]
-            best = value if self._best is None else self._best[1]
-            if self._best is None or (value > best if self._better == "higher" else value < best):
+            value, best = self._value[1], self._best and self._best[1]
+            if best is None or (value > best if self._better == "higher" else value < best):
                 self._best = (name, value)
+        self._write(trainer, name)
+        if trainer.is_global_zero:
+            for older in written(self.folder)[self.keep_last :]:
+                if self._best is None or older.name != self._best[0]:
+                    remove(older)
+        return path
+
+    def _write(self, trainer: Trainer, name: str) -> None:
         try:
-            trainer.save_checkpoint(path, weights_only=False)
+            trainer.save_checkpoint(self.folder / name, weights_only=False)
         except UserError as error:
             kept = written(self.folder)
             left = f"those before it are as they were, the newest is {kept[0].name}" if kept else "there is no other"
@@ -173,13 +178,9 @@ class Checkpoints(Checkpoint):
         self._saved = name
         if trainer.is_global_zero:
             self._link(name)
-            for older in written(self.folder)[self.keep_last :]:
-                if self._best is None or older.name != self._best[0]:
-                    remove(older)
-        return path
 
     def _name(self, trainer: Trainer) -> str:
-        """No two states of a run have the same, so that no file is ever written over."""
+        """No two states of a run have the same but for one that is rolled back: that file alone is written over."""
         return f"step={trainer.global_step:08d}-epoch={trainer.fit_loop.epoch_progress.current.processed:04d}.ckpt"
 
     def _link(self, last: str | None) -> None:

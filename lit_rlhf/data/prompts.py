@@ -3,6 +3,7 @@
 from typing import Any
 
 from lit_rlhf.data.base import PromptsData
+from lit_rlhf.data.text_files import text_problem
 from lit_rlhf.errors import UserError
 
 Message = dict[str, str]
@@ -76,8 +77,5 @@ def prompt_problem(prompt: Any) -> str | None:
 
 
 def _text_problem(text: str) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"has half a character, {text[error.start]!r}, which no tokenizer reads"
-    return None
+    problem = text_problem(text)
+    return problem and f"has {problem}"

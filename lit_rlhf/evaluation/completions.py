@@ -4,8 +4,7 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric
 
 #: How instruction-tuned models begin when they refuse; case does not matter, and every apostrophe is a plain one.
 REFUSALS = (
@@ -15,27 +14,16 @@ REFUSALS = (
 )  # fmt: skip
 
 
-class _Share(Metric):
-    full_state_update = False
-    higher_is_better = False
-    hits: Tensor
-    count: Tensor
+class _Share(MeanMetric):
+    """The share of completions that count, NaN of no completions."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("hits", default=torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
+    higher_is_better = False
 
     def counts(self, completion: str) -> bool:
         raise NotImplementedError
 
     def update(self, completions: Sequence[str]) -> None:
-        self.hits += sum(map(self.counts, completions))
-        self.count += len(completions)
-
-    def compute(self) -> Tensor:
-        """A share, NaN of no completions."""
-        return self.hits / self.count if self.count else torch.tensor(float("nan"))
+        super().update(torch.tensor([float(self.counts(completion)) for completion in completions]))
 
 
 class EmptyRate(_Share):

@@ -7,6 +7,7 @@ import torch
 from sacrebleu.metrics import BLEU
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from lit_rlhf.checks import check_int
 from lit_rlhf.evaluation.statistics import TextMetric
@@ -44,8 +45,7 @@ class DistinctN(Metric):
         """A share, NaN without any n-gram."""
         if not self.total:
             return torch.tensor(float("nan"))
-        hashes = self.hashes if isinstance(self.hashes, Tensor) else torch.cat(self.hashes)
-        return len(hashes.unique()) / self.total
+        return len(dim_zero_cat(self.hashes).unique()) / self.total
 
 
 class SelfBLEU(TextMetric):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_calibration_error
+from torchmetrics.utilities import dim_zero_cat
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.statistics import Interval, bootstrap
@@ -58,8 +59,7 @@ class WinRate(Metric):
         self.longer.append((lengths - other_lengths).double())
 
     def compute(self) -> WinRates:
-        wins, longer = (x if isinstance(x, Tensor) else torch.cat(x) for x in (self.wins, self.longer))
-        rows = torch.stack([wins, longer], dim=1).cpu()
+        rows = torch.stack([dim_zero_cat(self.wins), dim_zero_cat(self.longer)], dim=1).cpu()
         return WinRates(bootstrap(rows[:, 0]), bootstrap(rows, _length_controlled, resamples=500))
 
 
@@ -114,7 +114,7 @@ class PairAccuracy(Metric):
         self.margins.append((chosen - rejected).double())
 
     def compute(self) -> PairScores:
-        margins = (self.margins if isinstance(self.margins, Tensor) else torch.cat(self.margins)).cpu()
+        margins = dim_zero_cat(self.margins).cpu()
         both = torch.sigmoid(torch.cat([margins, -margins]))
         labels = torch.cat([torch.ones_like(margins), torch.zeros_like(margins)]).long()
         right = ((margins > 0).double() + (margins >= 0).double()) / 2

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 RESAMPLES = 2000
 
@@ -71,13 +72,9 @@ class TextMetric(Metric):
         """All texts so far, those of other processes too once they are synchronised."""
         if len(self.sizes) == 0:
             return []
-        joined = self._whole(self.bytes_).cpu().numpy().tobytes()
+        joined = dim_zero_cat(self.bytes_).cpu().numpy().tobytes()
         texts, start = [], 0
-        for size in self._whole(self.sizes).tolist():
+        for size in dim_zero_cat(self.sizes).tolist():
             texts.append(joined[start : start + size].decode("utf-8"))
             start += size
         return texts
-
-    @staticmethod
-    def _whole(parts: list[Tensor] | Tensor) -> Tensor:
-        return parts if isinstance(parts, Tensor) else torch.cat(parts)  # a synchronised state is one tensor

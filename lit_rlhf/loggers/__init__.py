@@ -7,14 +7,10 @@ from, -1 if none. Those that can draw have `log_samples(rows, step)` and `log_di
 Each is imported when it is first used: W&B alone takes half a second.
 """
 
-from importlib import import_module
-from typing import Any
+from lit_rlhf.imports import lazily
 
 _HOME = {"CSVLogger": "csv", "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}
 __all__ = ["CSVLogger", "TensorBoardLogger", "WandbLogger"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lit_rlhf.loggers' has no attribute {name!r}")
-    return getattr(import_module(f"lit_rlhf.loggers.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)

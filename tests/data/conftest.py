@@ -5,6 +5,7 @@ import hashlib
 import statistics
 from pathlib import Path
 
+import datasets
 import pytest
 from fake_artefacts import STEMS
 
@@ -15,6 +16,15 @@ from lit_rlhf.models import sources
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("LIT_RLHF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """An empty working folder, and elsewhere an empty cache."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "work"
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import logging
 import tracemalloc
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,13 +19,7 @@ GOOD = {"prompt": "A film", "chosen": " is good", "reward": 1.5, "label": True}
 TYPES = {"chosen": "text", "reward": "number", "label": "bool"}
 
 
-@pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch) -> Path:
-    """An empty working folder, and elsewhere an empty cache."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "work"
+pytestmark = pytest.mark.usefixtures("work")
 
 
 def read(path: str, **arguments) -> dict[str, list]:

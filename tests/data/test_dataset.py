@@ -17,13 +17,7 @@ from lit_rlhf.errors import UserError
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 
 
-@pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch) -> Path:
-    """An empty working folder, and elsewhere an empty cache."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "work"
+pytestmark = pytest.mark.usefixtures("work")
 
 
 def write(name: str, *rows) -> str:
