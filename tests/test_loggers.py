@@ -431,7 +431,7 @@ def test_a_run_that_cannot_go_online_is_recorded_offline(tmp_path, monkeypatch, 
     with pytest.warns(UserWarning, match=rf"cannot go online \(.*{reason}.*wandb sync") as warned:
         exercise(logger)
     assert sum(str(w.message).startswith("W&B") for w in warned) == 1
-    assert runs(tmp_path)[0].history[0]["a"] == 1
+    assert runs(tmp_path)[-1].history[0]["a"] == 1
 
 
 def test_a_key_in_netrc_means_online(tmp_path, monkeypatch):

@@ -62,6 +62,7 @@ class WandbFile:
 
 
 def runs(save_dir: Path) -> list[WandbFile]:
-    """The finished runs under `<save_dir>/wandb`, oldest first."""
+    """The runs under `<save_dir>/wandb`, oldest first."""
     wandb.teardown()  # finishing an offline run does not wait until the service has written its last records
-    return [WandbFile(path) for path in sorted(save_dir.glob("wandb/*run-*/*.wandb"))]
+    found = [WandbFile(path) for path in save_dir.glob("wandb/*run-*/*.wandb")]
+    return sorted(found, key=lambda file: file.run.start_time.ToNanoseconds())  # folders' names count seconds only
