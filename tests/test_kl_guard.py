@@ -1,10 +1,11 @@
 """A KL that explodes ends the run, or is taken back as if the learning rate had been smaller from there on."""
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
 from algorithms.test_resume import Killed, assert_same, make, written
-from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import Prompts, tiny_policy
 from transformers import get_scheduler
 
@@ -12,23 +13,26 @@ from lit_rlhf import SFT
 from lit_rlhf.algorithms import PPO
 from lit_rlhf.callbacks import Checkpoints, KLGuard, Samples
 from lit_rlhf.callbacks.checkpoints import written as written_checkpoints
+from lit_rlhf.checkpoint_io import damage
 from lit_rlhf.errors import UserError
 from lit_rlhf.loggers import CSVLogger
 
 
 def guarded(
-    folder, *, lr, guard, until=4, scheduler=None, ckpt_path=None, extra=(), algorithm=PPO, checkpoints=Checkpoints
-):
+    folder, *, lr, guard, until=4, scheduler=None, ckpt_path=None, extra=(), algorithm=PPO, checkpoints=Checkpoints,
+    validate=False,
+):  # fmt: skip
     """6 optimiser steps an iteration, with Adam, whose steps are as large as the rate whatever the gradient."""
     ppo = make(ppo_epochs=2, optimizer=lambda p: torch.optim.Adam(p, lr=lr), scheduler=scheduler, algorithm=algorithm)
     trainer = L.Trainer(
         accelerator="cpu", default_root_dir=folder, logger=CSVLogger(save_dir=folder), enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, max_epochs=until,
+        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=1.0 if validate else 0, max_epochs=until,
+        check_val_every_n_epoch=5,
         callbacks=[checkpoints(dirpath=folder / "checkpoints"),
                    Samples(), *([guard] if guard else []), *extra],
     )  # fmt: skip
     try:
-        trainer.fit(ppo, datamodule=Prompts(), ckpt_path=ckpt_path)
+        trainer.fit(ppo, datamodule=Prompts(validation=validate), ckpt_path=ckpt_path)
     except Killed:
         pass
     return ppo
@@ -54,26 +58,21 @@ def test_after_rollbacks_the_run_is_one_with_a_smaller_learning_rate(tmp_path, s
     guard = KLGuard(max_kl=8.5, max_rollbacks=10)
     one = guarded(tmp_path / "one", lr=0.16, guard=guard, until=2, scheduler=scheduler)
     assert max(column(tmp_path / "one", "objective/kl")) <= 8.5
-    assert guard.rollbacks >= 3
-    assert column(tmp_path / "one", "kl_guard/rollbacks") == [guard.rollbacks] * 2
-    two = guarded(tmp_path / "two", lr=0.16 * 0.5**guard.rollbacks, guard=None, until=2, scheduler=scheduler)
+    assert guard.rollback.count >= 3
+    assert column(tmp_path / "one", "kl_guard/rollbacks") == [guard.rollback.count] * 2
+    two = guarded(tmp_path / "two", lr=0.16 * 0.5**guard.rollback.count, guard=None, until=2, scheduler=scheduler)
     assert one.trainer.global_step == two.trainer.global_step == 12
     assert without_guard(tmp_path / "one") == without_guard(tmp_path / "two")
     states = one.state_dict(), two.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     # One halving less is too much.
-    three = guarded(tmp_path / "three", lr=0.32 * 0.5**guard.rollbacks, guard=None, until=2, scheduler=scheduler)
+    three = guarded(tmp_path / "three", lr=0.32 * 0.5**guard.rollback.count, guard=None, until=2, scheduler=scheduler)
     assert three.last_kl > 8.5
 
 
 def burst(optimizer):
     """From the second iteration on the rate is 32 times as high."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 if step < 6 else 32)
-
-
-def newest(dirpath):
-    """A user's own callback."""
-    return ModelCheckpoint(dirpath=dirpath, filename="last", enable_version_counter=False)
 
 
 class KillAt(L.Callback):
@@ -83,14 +82,14 @@ class KillAt(L.Callback):
         self.step, self.guard = step, guard
 
     def on_train_batch_start(self, trainer, *_):
-        if trainer.global_step == self.step and self.guard.rollbacks:
+        if trainer.global_step == self.step and self.guard.rollback.count:
             raise Killed
 
 
-@pytest.mark.parametrize(("step", "checkpoints"), [(6, Checkpoints), (9, Checkpoints), (14, Checkpoints), (9, newest)])
-def test_later_rows_alone_are_taken_back_and_a_kill_changes_nothing(tmp_path, step, checkpoints):
+@pytest.mark.parametrize(("step", "keep_last"), [(6, 2), (9, 1), (14, 2)])
+def test_later_rows_alone_are_taken_back_and_a_kill_changes_nothing(tmp_path, step, keep_last):
     """The updates of iteration 2 are at fault. Killed in that iteration, done again, or in the next one."""
-    settings = {"lr": 0.004, "scheduler": burst, "checkpoints": checkpoints}
+    settings = {"lr": 0.004, "scheduler": burst, "checkpoints": partial(Checkpoints, keep_last=keep_last)}
     whole = guarded(tmp_path / "whole", guard=KLGuard(max_kl=8.0, max_rollbacks=9), **settings)
     first, second, *later = column(tmp_path / "whole", "kl_guard/rollbacks")
     assert first == 0 < second <= later[-1]
@@ -100,23 +99,37 @@ def test_later_rows_alone_are_taken_back_and_a_kill_changes_nothing(tmp_path, st
     kill = KillAt(step, guard)
     guarded(tmp_path / "split", guard=guard, extra=[kill], **settings)
     path = tmp_path / "split/checkpoints/last.ckpt"
-    if checkpoints is Checkpoints:  # none of what was taken back is left, which ckpt_path=auto would find
-        assert path.resolve() == written_checkpoints(tmp_path / "split/checkpoints")[0]
+    # None of what was taken back is left, which ckpt_path=auto would find.
+    assert path.resolve() == written_checkpoints(tmp_path / "split/checkpoints")[0]
     guard = KLGuard(max_kl=8.0, max_rollbacks=9)
     resumed = guarded(tmp_path / "split", guard=guard, ckpt_path=path, **settings)
     assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
 
 
 def test_it_stops_and_names_the_last_good_checkpoint(tmp_path):
+    good = tmp_path / "checkpoints/step=00000000-epoch=0000.ckpt"
     message = r"iteration 2: the KL is .* over callbacks\.kl_guard\.max_kl=3: the updates of iteration 1 went too far"
-    with pytest.raises(UserError, match=rf"{message}\. {tmp_path}/kl_guard/good\.ckpt is the checkpoint from before"):
+    with pytest.raises(UserError, match=rf"{message}\. {good} is the checkpoint from before"):
         guarded(tmp_path, lr=0.16, guard=KLGuard(max_kl=3, action="stop"))
     assert column(tmp_path, "iteration") == [1]
-    assert torch.load(tmp_path / "kl_guard/good.ckpt", weights_only=True)["lit_rlhf"]["iteration"] == 0
+    assert damage(good) is None
+    assert torch.load(good, weights_only=True)["lit_rlhf"]["iteration"] == 0
+
+
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_the_last_updates_are_judged_by_the_validation_and_the_run_goes_on_from_before_them(tmp_path, action):
+    settings = {"until": 2, "scheduler": burst, "validate": True}
+    good = tmp_path / "checkpoints/step=00000006-epoch=0001.ckpt"
+    with pytest.raises(UserError, match=rf"iteration 2: the validation's KL is .*max_kl=8: .* {good} is the"):
+        guarded(tmp_path, lr=0.004, guard=KLGuard(max_kl=8, action=action), **settings)
+    # What ckpt_path=auto would go on from is not of what went too far.
+    assert written_checkpoints(tmp_path / "checkpoints")[0] == good
+    guarded(tmp_path, lr=0.004, guard=KLGuard(max_kl=1e9, action=action), **settings, ckpt_path=good)
+    assert column(tmp_path, "iteration") == [1, 2]
 
 
 def test_it_goes_back_only_so_often(tmp_path):
-    with pytest.raises(UserError, match="after 2 rollbacks: the updates of iteration 1 went too far"):
+    with pytest.raises(UserError, match="the updates of iteration 1 went too far after 2 rollbacks"):
         guarded(tmp_path, lr=0.16, guard=KLGuard(max_kl=3, max_rollbacks=2))
 
 
@@ -148,6 +161,19 @@ def test_without_anything_to_go_back_to_it_stops(tmp_path):
 def test_wrong_values_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         KLGuard(**settings)
+
+
+def test_without_checkpoints_to_go_back_to_it_is_refused(trainer):
+    with pytest.raises(UserError, match=r"callbacks\.kl_guard needs lit_rlhf\.callbacks\.Checkpoints"):
+        trainer(callbacks=[KLGuard(max_kl=1)], max_epochs=1).fit(make(), datamodule=Prompts())
+
+
+def test_it_writes_one_checkpoint_an_iteration_and_one_before_the_first(tmp_path, monkeypatch):
+    saved, save = [], L.Trainer.save_checkpoint
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", lambda *a, **k: saved.append(save(*a, **k)))
+    guarded(tmp_path, lr=0.001, guard=KLGuard(max_kl=50), until=3)
+    assert len(saved) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.csv", "samples.jsonl"]
 
 
 def test_an_algorithm_without_rollouts_has_no_use_for_it(trainer):

@@ -155,6 +155,7 @@ class Algorithm(L.LightningModule):
         self.means = RunningMean()
         self.step_means = RunningMean()  # of the optimiser step under way
         self.halving = Halving()
+        self.lr_scale = 1.0  # what the scheduled learning rate is multiplied by in every step
         self.last_row: dict[str, float] = {}
         self.last_logged = 0  # iteration of the newest row
         self._gradients: dict[str, Tensor] = {}  # of a checkpoint made between two steps, until training starts
@@ -215,8 +216,22 @@ class Algorithm(L.LightningModule):
             for parameter in with_gradients(optimizer):
                 parameter.grad = None  # a parameter without a gradient is none of the optimiser's business
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the next optimiser step."""
+        return self.trainer.optimizers[0].param_groups[0]["lr"] * self.lr_scale
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+        # Only for the step: many schedulers compute the next rate from the one that they find.
+        groups = self.trainer.optimizers[0].param_groups
+        scheduled = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = group["lr"] * self.lr_scale
+        try:
+            super().optimizer_step(*args, **kwargs)
+        finally:
+            for group, rate in zip(groups, scheduled, strict=True):
+                group["lr"] = rate
         # Lightning frees gradients after the next forward pass, whose activations would lie beside them.
         self.trainer.optimizers[0].zero_grad()
 
@@ -460,6 +475,7 @@ class Algorithm(L.LightningModule):
             "step_means": self.step_means.state(),
             "guard": self.guard.state_dict(),
             "halving": self.halving.state(),
+            "lr_scale": self.lr_scale,
             "last_logged": self.last_logged,
             "gradients": gather(self._summed_gradients()) if summing else [],
             "generators": gather(to_plain(get_generators())),  # for callbacks and other code of the user's
@@ -484,6 +500,7 @@ class Algorithm(L.LightningModule):
         self.step_means.load_state(state["step_means"])
         self.guard.load_state_dict(state["guard"])
         self.halving.load_state(state["halving"])
+        self.lr_scale = state.get("lr_scale", 1.0)
         self.last_logged = state["last_logged"]
         parts = state["gradients"]  # of every process; a step takes their mean
         if len(parts) not in (0, world_size()):

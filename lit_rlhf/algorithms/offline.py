@@ -248,7 +248,7 @@ class OfflineAlgorithm(Algorithm):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # Counting is not in on_train_batch_end: a checkpoint callback's own hook of that name runs before the module's.
-        self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.rate = self.learning_rate
         super().optimizer_step(*args, **kwargs)
         self.steps += 1
         loop = self.trainer.fit_loop

@@ -425,7 +425,7 @@ class OnlineAlgorithm(Algorithm):
             self.trainer.should_stop = True  # already here: then this iteration is the last to be validated
         self._validate_if_missed()
         row = {"policy/early_stopped": 0.0, **self.pending, **self.means.compute(), **self.schedule_metrics()}
-        row["optim/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        row["optim/lr"] = self.learning_rate
         row["optim/skipped_steps"] = self.guard.take_skipped()
         row["time/iteration"] = time.perf_counter() - self._started
         row["time/update"] = row["time/iteration"] - sum(row.get(f"time/{s}", 0.0) for s in _STAGES)

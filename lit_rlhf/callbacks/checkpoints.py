@@ -20,6 +20,7 @@ from lit_rlhf.run_folder import better_direction
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 _NAME = re.compile(r"step=(\d+)-epoch=(\d+)\.ckpt")
+Best = tuple[str, float] | None  # the best checkpoint's name and value
 
 
 class Checkpoints(Checkpoint):
@@ -28,6 +29,7 @@ class Checkpoints(Checkpoint):
     An epoch of an online algorithm is an iteration. The links `last.ckpt` and `best.ckpt` lead to the newest one and to
     the one with the best value of `best_by`. Where a signal asks the run to stop, one is written after the optimiser
     step, and the run ends with `Preempted`; in a rollout, which would be drawn again, it ends at once if it can.
+    Callbacks that may take a run back (`callbacks/rollback.py`) pin the one to go back to, which then stays as well.
 
     Args:
         dirpath: the folder, `<trainer.default_root_dir>/checkpoints` by default.
@@ -61,14 +63,16 @@ class Checkpoints(Checkpoint):
         self._better = None if best_by is None else better_direction(best_by)
         self.folder = None if dirpath is None else Path(dirpath)
         self._value: tuple[int, float] | None = None  # of `best_by` in the newest row that has it, and its iteration
-        self._best: tuple[str, float] | None = None  # the best one's name and value
+        self._best: Best = None
+        self._pins: dict[str, tuple[str, Best]] = {}  # by owner: a checkpoint's name, and which was the best one then
         self._saved: str | None = None  # the newest one's name
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": None if self._best is None else list(self._best)}
+        return {"best": self._best, "pins": dict(self._pins)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best = None if state_dict["best"] is None else (state_dict["best"][0], state_dict["best"][1])
+        self._best = _pair(state_dict["best"])
+        self._pins = {owner: (name, _pair(best)) for owner, (name, best) in state_dict.get("pins", {}).items()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         del pl_module, stage
@@ -90,12 +94,21 @@ class Checkpoints(Checkpoint):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if self._best is not None and not (self.folder / self._best[0]).exists():
             self._best = None  # the run continues in another folder than it began in
-        self._best = trainer.strategy.broadcast(self._best)
+        pins = {owner: pin for owner, pin in self._pins.items() if (self.folder / pin[0]).exists()}
+        self._best, self._pins = trainer.strategy.broadcast((self._best, pins))
         if trainer.is_global_zero and self.folder.is_dir():
             self._link(self._saved)
 
+    def pin(self, trainer: Trainer, owner: str) -> None:
+        """Keeps the checkpoint of now, which must be written, for as long as its owner pins no other one."""
+        self._pins[owner] = (self._name(trainer), self._best)
+
+    def pinned(self, owner: str) -> Path | None:
+        """The checkpoint that an owner has pinned; None if there is none."""
+        return self.folder / self._pins[owner][0] if owner in self._pins else None
+
     def on_rollback(self, trainer: Trainer) -> None:
-        """Writes a checkpoint of now, then removes those of later steps; every process must call it.
+        """Writes a checkpoint of now, a pinned one's moment, then removes those of later steps; for every process.
 
         A kill between the two leaves a later one, which is then rolled back once more.
 
@@ -103,12 +116,14 @@ class Checkpoints(Checkpoint):
             UserError: it cannot be written; those before stay as they are.
         """
         name, self._value = self._name(trainer), None
+        now = next(pin for pin in self._pins.values() if pin[0] == name)
+        self._best = now[1]
+        # What others have pinned later is gone, and what came before it was good for them, too.
+        self._pins = {owner: pin if _number(pin[0]) < _number(name) else now for owner, pin in self._pins.items()}
         self._write(trainer, name)
         if trainer.is_global_zero:
             _remove_after(_number(name), written(self.folder))
         trainer.strategy.barrier()
-        if self._best is not None and not (self.folder / self._best[0]).exists():
-            self._best = None
 
     def on_row(self, trainer: Trainer, pl_module: LightningModule, row: Mapping[str, float]) -> None:
         """Called by the algorithm with each row that it logs."""
@@ -163,8 +178,10 @@ class Checkpoints(Checkpoint):
                 self._best = (name, value)
         self._write(trainer, name)
         if trainer.is_global_zero:
+            pins = self._pins.values()
+            kept = {pin[0] for pin in pins} | {best[0] for best in (self._best, *(pin[1] for pin in pins)) if best}
             for older in written(self.folder)[self.keep_last :]:
-                if self._best is None or older.name != self._best[0]:
+                if older.name not in kept:
                     remove(older)
         return path
 
@@ -203,6 +220,10 @@ def written(folder: Path) -> list[Path]:
     """The checkpoints of `Checkpoints` in a folder, the newest first."""
     found = [path for path in folder.glob("step=*.ckpt") if _NAME.fullmatch(path.name)]
     return sorted((path.resolve() for path in found), key=lambda path: _number(path.name), reverse=True)
+
+
+def _pair(stored: Any) -> Best:
+    return None if stored is None else (stored[0], stored[1])
 
 
 def _remove_after(now: tuple[int, int], paths: list[Path]) -> None:
