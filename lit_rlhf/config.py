@@ -20,7 +20,7 @@ from hydra.errors import CompactHydraException, InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_rlhf.config_types import check_types
+from lit_rlhf.config_types import check_types, default_of
 from lit_rlhf.errors import UserError, printable
 from lit_rlhf.imports import find
 from lit_rlhf.overrides import CHOSEN, as_written, drop_keys_of_others, part_of, replace_parts
@@ -268,7 +268,10 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...]) -> list[str]:
-    """``key: old -> new`` for every leaf in which two plain configs differ, but for keys that start with ``ignore``."""
+    """``key: old -> new`` for every leaf in which two plain configs differ, but for keys that start with ``ignore``.
+
+    What ``old`` does not mention was, when it was written, as it is by default: the key may have come since.
+    """
     flat_old, flat_new = flatten(old), flatten(new)
     keys = [k for k in {**flat_old, **flat_new} if not any(k == i or k.startswith(f"{i}.") for i in ignore)]
     missing = "(absent)"
@@ -276,7 +279,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[st
         f"{key}: {flat_old.get(key, missing)} -> {flat_new.get(key, missing)}"
         for key in keys
         if flat_old.get(key, missing) != flat_new.get(key, missing)
+        and not (key not in flat_old and _is_default(new, key))
     ]
+
+
+def _is_default(plain: Mapping[str, Any], key: str) -> bool:
+    *path, name = key.split(".")
+    for part in path:
+        plain = plain.get(part) if isinstance(plain, Mapping) else None
+    if not isinstance(plain, Mapping) or name not in plain:  # a name with a dot in it
+        return False
+    default = default_of(plain["_target_"], name) if "_target_" in plain else None if not path else _NOTHING
+    return plain[name] == (list(default) if isinstance(default, tuple) else default)
+
+
+_NOTHING = object()
 
 
 def flatten(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

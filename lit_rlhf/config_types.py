@@ -68,6 +68,19 @@ def _hints_of_class(found: type) -> dict[str, Any]:
     return {**_hints_of_class(found.__base__), **hints} if passes_on and found.__base__ is not object else hints
 
 
+def default_of(target: Any, name: str) -> Any:
+    """What a parameter of ``_target_`` is if nobody gives it; ``inspect.Parameter.empty`` if it has no such default."""
+    try:
+        made = hydra.utils.get_object(target)
+        parameters = [inspect.signature(made).parameters]
+        for base in made.__mro__[1:-1] if isinstance(made, type) else ():
+            if any(p.kind is p.VAR_KEYWORD for p in parameters[-1].values()):
+                parameters.append(inspect.signature(base.__init__).parameters)
+    except Exception:  # of a target that is not there, or has no signature
+        return inspect.Parameter.empty
+    return next((found[name].default for found in parameters if name in found), inspect.Parameter.empty)
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether a plain value can be meant for a parameter; where the type says nothing of plain values, it can.
 

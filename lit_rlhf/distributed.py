@@ -122,7 +122,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         return get_model_state_dict(self.model, options=_TRAINED)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer), options=_TRAINED)
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        fresh = not optimizer.state
+        state = get_optimizer_state_dict(self.model, optimizer, options=_TRAINED)
+        if fresh:  # torch has taken a step, of nothing, to have something to return
+            optimizer.state.clear()
+        return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes the folder beside its place, with checksums, and then renames it.
@@ -131,6 +136,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             UserError: it cannot be written; what was there before stays.
         """
         path = Path(self.broadcast(filepath))
+        checkpoint["fresh_optimizers"] = [not optimizer.state for optimizer in self.optimizers]
         with written_to(path) as temporary:
             if self.is_global_zero and temporary.exists():
                 shutil.rmtree(temporary)  # what a kill has left
@@ -152,9 +158,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         states["state_dict"] = self.lightning_module_state_dict()
         load_shards(states, path)
         set_model_state_dict(self.model, states.pop("state_dict"), options=_TRAINED)
-        for optimizer, state in zip(optimizers, states.values(), strict=True):
-            set_optimizer_state_dict(self.model, optimizer, state, options=_TRAINED)
-        return torch.load(path / SHARDED_META, map_location="cpu", weights_only=weights_only is not False)
+        rest = torch.load(path / SHARDED_META, map_location="cpu", weights_only=weights_only is not False)
+        fresh = rest.get("fresh_optimizers", [False] * len(optimizers))
+        for number, optimizer in enumerate(optimizers):
+            set_optimizer_state_dict(self.model, optimizer, states[f"optimizer_{number}"], options=_TRAINED)
+            if fresh[number]:
+                optimizer.state.clear()
+        return rest
 
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True, cpu_offload=True, strict=False)

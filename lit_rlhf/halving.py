@@ -16,7 +16,7 @@ T = TypeVar("T")
 REMEDIES = {
     "rollout": "sampler.chunk_size",
     "anchor": "algorithm.minibatch_size",
-    "update": "trainer.accumulate_grad_batches (or data.batch_size) or policy.gradient_checkpointing=true",
+    "update": "policy.gradient_checkpointing=true or, in a new run, trainer.accumulate_grad_batches or data.batch_size",
     "score": "reward.batch_size",
 }
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")

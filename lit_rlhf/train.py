@@ -46,6 +46,13 @@ _MAY_DIFFER = (
     "trainer.max_steps", "trainer.max_time", "trainer.default_root_dir", "trainer.check_val_every_n_epoch",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "kl.budget",
 )  # fmt: skip
+#: What a person may change to save a run: the new value holds from the checkpoint on, and a line of the log says so.
+_MAY_CHANGE = (
+    "optimizer.lr", "kl.coef", "kl.target", "algorithm.target_kl", "algorithm.max_skipped_steps", "sampler.chunk_size",
+    "policy.gradient_checkpointing", "trainer.precision", "precision_used", "trainer.gradient_clip_val",
+    *(f"{judge}.{key}" for judge in ("reward", "gold") for key in (
+        "url", "base_url", "batch_size", "concurrency", "timeout", "retries", "max_bytes", "token_env", "on_failure")),
+)  # fmt: skip
 
 
 @dataclass
@@ -312,13 +319,16 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
             f"ckpt_path={path} is a {kinds[0]} checkpoint, and this run's trainer.strategy is {kinds[1]} one. Continue "
             f"with {'trainer=fsdp2' if path.is_dir() else 'another trainer than fsdp2'}"
         )
-    # Without a config it comes from a script's own Trainer.
-    if stored["config"] and (changed := differences(stored["config"], run.config, _MAY_DIFFER)):
-        raise UserError(
-            f"the checkpoint {path} belongs to another configuration. These keys differ (checkpoint -> now):\n  "
-            + "\n  ".join(changed)
-            + "\nContinue with the old values, or start a new run in another folder (paths.output_dir=...)."
-        )
+    if stored["config"]:  # else it comes from a script's own Trainer
+        if changed := differences(stored["config"], run.config, _MAY_DIFFER + _MAY_CHANGE):
+            raise UserError(
+                f"the checkpoint {path} belongs to another configuration. These keys differ (checkpoint -> now):\n  "
+                + "\n  ".join(changed)
+                + "\nContinue with the old values, or start a new run in another folder (paths.output_dir=...)."
+            )
+        if changed := differences(stored["config"], run.config, _MAY_DIFFER):
+            log.warning("From the checkpoint %s on, these keys differ (checkpoint -> now):\n  %s",
+                        path, "\n  ".join(changed))  # fmt: skip
     return str(path)
 
 

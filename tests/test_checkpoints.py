@@ -6,6 +6,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from command_line import TINY, run_here
@@ -13,10 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from ppo_runs import make
 from tiny import Prompts
 
+from lit_rlhf import __version__
 from lit_rlhf.algorithms import PPO
+from lit_rlhf.algorithms.steps import StepGuard
 from lit_rlhf.callbacks import Checkpoints
 from lit_rlhf.callbacks.checkpoints import written
-from lit_rlhf.checkpoint_io import damage
+from lit_rlhf.checkpoint_io import damage, remove
+from lit_rlhf.config import differences
 from lit_rlhf.errors import UserError
 from lit_rlhf.run_folder import read_metrics
 
@@ -253,6 +257,114 @@ def test_a_checkpoint_of_an_older_layout_is_continued_from(whole):
     assert (result.code, "iteration 3/4" in result.out) == (0, False)
     assert rows("run") == rows(whole)
     assert Path("run/checkpoints/last.ckpt").is_symlink()
+
+
+# ---- another config, another version --------------------------------------------------------------------------------
+
+
+def one_before(whole):
+    """A copy of the run without its newest checkpoint; returns the one before it."""
+    shutil.copytree(whole, "run", symlinks=True)
+    remove(written(Path("run/checkpoints"))[0])
+    (path,) = written(Path("run/checkpoints"))
+    return path
+
+
+def rewrite(path, change):
+    """Changes what a checkpoint holds, as another version might have written it."""
+    stored = torch.load(path, weights_only=True)
+    change(stored)
+    torch.save(stored, path)
+    path.with_name(path.name + ".sha256").unlink(missing_ok=True)
+
+
+class StopAt(L.Callback):
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.should_stop = trainer.current_epoch + 1 == self.iteration
+
+
+def test_what_is_changed_to_save_a_run_is_allowed_holds_from_there_on_and_is_told():
+    command = [*RUN, "scheduler=linear", "scheduler.num_warmup_steps=0", "paths.output_dir=run"]
+    command += ["+callbacks.stop._target_=test_checkpoints.StopAt", "+callbacks.stop.iteration=2"]
+    assert run_here(*command).code == 0
+    changed = ["optimizer.lr=0.025", "algorithm.max_skipped_steps=3", "trainer.precision=bf16-mixed", "kl.coef=0.5"]
+    result = run_here(*command, *changed, "callbacks.stop.iteration=4")
+    assert result.code == 0, result.err
+    told = result.out + result.err
+    assert "step=00000004-epoch=0002.ckpt on, these keys differ (checkpoint -> now)" in told
+    for line in ("optimizer.lr: 0.05 -> 0.025", "algorithm.max_skipped_steps: 10 -> 3", "kl.coef: 0.05 -> 0.5"):
+        assert line in told
+    assert "callbacks" not in told.split("these keys differ")[1]
+    # At the end of each of 4 iterations of 2 steps, a straight line from the rate at the start to 0.
+    rates = [row["optim/lr"] for row in read_metrics(Path("run"))]
+    assert rates == pytest.approx([0.05 * 6 / 8, 0.05 * 4 / 8, 0.025 * 2 / 8, 0])
+    assert [row["objective/kl_coef"] for row in read_metrics(Path("run"))] == [0.05, 0.05, 0.5, 0.5]
+    last = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert last["config"]["optimizer"]["lr"] == 0.025
+    assert last["lit_rlhf"]["lr_scale"] == 0.5
+
+
+def test_a_run_that_ended_because_of_skipped_steps_has_all_its_tries_again():
+    guard = StepGuard(2)
+    for _ in range(2):
+        guard.check(float("nan"), 1)
+    assert guard.verdict
+    again = StepGuard(2)
+    again.load_state_dict(guard.state_dict())
+    again.check(float("nan"), 2)
+    assert again.verdict is None
+    again.check(float("nan"), 3)
+    assert again.verdict
+    within = StepGuard(3)  # a run that is killed on its way there goes on from the count that it had
+    within.check(float("nan"), 1)
+    again = StepGuard(3)
+    again.load_state_dict(within.state_dict())
+    assert again.in_a_row == {"optimiser step": 1}
+
+
+def test_a_checkpoint_from_before_a_key_and_a_state_were_there_is_continued_from(whole):
+    def older(stored):
+        del stored["config"]["algorithm"]["max_skipped_steps"]
+        del stored["config"]["policy"]["compile"]
+        for name in ("step_means", "guard", "halving", "lr_scale", "version"):
+            del stored["lit_rlhf"][name]
+
+    rewrite(one_before(whole), older)
+    result = run_here(*RUN, "paths.output_dir=run")
+    assert result.code == 0, result.err
+    assert rows("run") == rows(whole)
+    assert model("run") == model(whole)
+
+
+@pytest.mark.parametrize("version", ["0.0.9", None])
+def test_a_state_that_cannot_be_made_up_for_names_the_version(whole, version):
+    def older(stored):
+        del stored["lit_rlhf"]["means"]
+        stored["lit_rlhf"] |= {"version": version} if version else {}
+        if not version:
+            del stored["lit_rlhf"]["version"]
+
+    rewrite(one_before(whole), older)
+    result = run_here(*RUN, "paths.output_dir=run")
+    assert result.code == 1
+    by = "lit_rlhf 0.0.9" if version else "an older version of lit_rlhf"
+    assert f"was written by {by} and holds no 'means', which version {__version__} needs" in result.err
+
+
+def test_a_key_that_has_come_since_counts_as_its_default_and_no_other_value():
+    new = {"algorithm": {"_target_": "lit_rlhf.algorithms.PPO", "max_skipped_steps": 10}, "gold": None, "seed": 1,
+           "policy": {"_target_": "lit_rlhf.models.Policy.from_config", "compile": False, "lora": None},
+           "optimizer": {"_target_": "torch.optim.Adam", "betas": [0.9, 0.999]}}  # fmt: skip
+    old = {name: {"_target_": node["_target_"]} for name, node in new.items() if isinstance(node, dict)}
+    assert differences(old, new, ()) == ["seed: (absent) -> 1"]  # nothing says what it was
+    new["algorithm"]["max_skipped_steps"], new["policy"]["compile"] = 5, True
+    assert differences({**old, "seed": 1}, new, ()) == [
+        "algorithm.max_skipped_steps: (absent) -> 5", "policy.compile: (absent) -> True"
+    ]  # fmt: skip
+    assert differences(new, {**new, "gold": {}}, ()) == ["gold: None -> {}"]
 
 
 def test_a_damaged_shard_is_recognised_and_the_sharded_checkpoint_before_is_used(capfd):

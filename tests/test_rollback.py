@@ -5,10 +5,15 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from ppo_runs import make
+from ppo_runs import Watch, make
 from tiny import Prompts
 from torch.optim import lr_scheduler as torch_schedulers
 from transformers import get_scheduler
+
+from lit_rlhf.callbacks import Checkpoints, KLGuard
+from lit_rlhf.callbacks.checkpoints import written
+from lit_rlhf.checkpoint_io import damage
+from lit_rlhf.distributed import FSDP2Strategy, rank, run_in_processes, whole
 
 
 class Rates(torch.optim.SGD):
@@ -68,3 +73,47 @@ def test_the_rate_is_smaller_whatever_its_schedule(trainer, name):
         seen.append(module.trainer.optimizers[0].seen)
     assert len(set(seen[0])) > 2
     assert seen[1] == [rate * (0.5 if step >= 3 else 1) for step, rate in enumerate(seen[0])]
+
+
+# ---- two processes --------------------------------------------------------------------------------------------------
+
+
+def run(folder, name, strategy, lr, guard):
+    """Two iterations; leaves the weights and rows of this process, the number of rollbacks and the checkpoints."""
+    module = make(optimizer=lambda parameters: torch.optim.Adam(parameters, lr=lr))
+    watch, checkpoints = Watch(), Checkpoints(dirpath=folder / name)
+    module_trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_progress_bar=False, max_epochs=2,
+        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, default_root_dir=folder,
+        callbacks=[watch, checkpoints, *([guard] if guard else [])],
+    )  # fmt: skip
+    module_trainer.fit(module, datamodule=Prompts())
+    clocks = ("time/", "kl_guard/")
+    result = {
+        "weights": {n: whole(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad},
+        "rows": [{n: x for n, x in row.items() if not n.startswith(clocks) and "per_second" not in n}
+                 for row in watch.rows],
+        "rollbacks": guard.rollback.count if guard else 0,
+        "checkpoints": [(path.name, damage(path)) for path in written(checkpoints.folder)],
+    }  # fmt: skip
+    torch.save(result, folder / f"{name}.{rank()}.pt")
+
+
+def run_all(folder):
+    for kind, strategy in (("ddp", lambda: "ddp"), ("fsdp2", FSDP2Strategy)):
+        guard = KLGuard(max_kl=12, max_rollbacks=10)
+        run(folder, f"{kind}_back", strategy(), 0.04, guard)
+        run(folder, f"{kind}_slow", strategy(), 0.04 * 0.5**guard.rollback.count, None)
+
+
+def test_two_processes_go_back_together(tmp_path):
+    run_in_processes(run_all, 2, tmp_path)
+    for kind in ("ddp", "fsdp2"):
+        back, other, slow = (torch.load(tmp_path / f"{kind}_{x}.pt") for x in ("back.0", "back.1", "slow.0"))
+        assert back["rollbacks"] == other["rollbacks"] >= 1
+        for name, x in slow["weights"].items():
+            assert torch.equal(x, back["weights"][name])
+            assert torch.equal(x, other["weights"][name])
+        assert back["rows"][-2:] == slow["rows"]
+        assert back["checkpoints"][:2] == slow["checkpoints"]
+        assert {state for _, state in back["checkpoints"]} == {None}

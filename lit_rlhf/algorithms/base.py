@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
+from lit_rlhf import __version__
 from lit_rlhf.algorithms.steps import StepGuard
 from lit_rlhf.callbacks.checkpoints import Checkpoints
 from lit_rlhf.checkpoint_io import write_to_files
@@ -108,6 +109,12 @@ def require_plain(what: str, state: Any) -> None:
             f"{what} is a {type(state).__module__}.{type(state).__name__}; a checkpoint holds numbers, texts, lists, "
             "dicts and tensors alone"
         )
+
+
+def _lr_change(before: dict[str, Any] | None, now: dict[str, Any] | None) -> float:
+    """The quotient of two configs' ``optimizer.lr``: the optimiser's state brings the old rate back."""
+    old, new = (((config or {}).get("optimizer") or {}).get("lr") for config in (before, now))
+    return new / old if old and new else 1.0
 
 
 class Algorithm(L.LightningModule):
@@ -471,6 +478,7 @@ class Algorithm(L.LightningModule):
         # Between two steps, gradients are half summed: without them the resumed run's next step would differ.
         summing = self.trainer.fit_loop.epoch_loop._should_accumulate()
         checkpoint["lit_rlhf"] = {
+            "version": __version__,
             "means": self.means.state(),
             "step_means": self.step_means.state(),
             "guard": self.guard.state_dict(),
@@ -496,11 +504,22 @@ class Algorithm(L.LightningModule):
                 f"the checkpoint belongs to another configuration: {len(missing)} trained weights differ, e.g. "
                 f"'{min(missing)}'. Start from the same policy, critic and algorithm as the run that wrote it."
             )
+        try:
+            self._take_up(checkpoint, state)
+        except KeyError as error:
+            writer = f"lit_rlhf {state['version']}" if "version" in state else "an older version of lit_rlhf"
+            raise UserError(
+                f"the checkpoint was written by {writer} and holds no {error}, which version {__version__} needs. "
+                "Continue the run with the version that wrote it"
+            ) from error
+
+    def _take_up(self, checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
         self.means.load_state(state["means"])
-        self.step_means.load_state(state["step_means"])
-        self.guard.load_state_dict(state["guard"])
-        self.halving.load_state(state["halving"])
-        self.lr_scale = state.get("lr_scale", 1.0)
+        # What came after version 0.1.0 began has a default, so that runs go on over an upgrade.
+        self.step_means.load_state(state.get("step_means", []))
+        self.guard.load_state_dict(state.get("guard", StepGuard(1).state_dict()))
+        self.halving.load_state(state.get("halving", []))
+        self.lr_scale = state.get("lr_scale", 1.0) * _lr_change(checkpoint.get("config"), self.config)
         self.last_logged = state["last_logged"]
         parts = state["gradients"]  # of every process; a step takes their mean
         if len(parts) not in (0, world_size()):

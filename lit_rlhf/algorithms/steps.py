@@ -74,7 +74,8 @@ class StepGuard:
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
-        return {"in_a_row": dict(self.in_a_row), "skipped": self.skipped}
+        # A run that ended because of them goes on with as many tries as it had.
+        return {"in_a_row": {} if self.verdict else dict(self.in_a_row), "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.in_a_row, self.skipped = dict(state["in_a_row"]), state["skipped"]

@@ -423,8 +423,8 @@ def test_a_checkpoint_of_something_else_is_refused(folder):
 def test_a_checkpoint_of_another_configuration_names_the_keys(folder):
     assert start().code == 0
     before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()}
-    result = start("ckpt_path=auto", "kl.coef=0.2", "algorithm.gamma=0.9", "trainer.max_epochs=2")
-    refused(result, "another configuration", "kl.coef: 0.05 -> 0.2", "algorithm.gamma: 1.0 -> 0.9")
+    result = start("ckpt_path=auto", "kl.estimator=k2", "algorithm.gamma=0.9", "trainer.max_epochs=2")
+    refused(result, "another configuration", "kl.estimator: k1 -> k2", "algorithm.gamma: 1.0 -> 0.9")
     assert "max_epochs:" not in result.err  # more iterations are no other configuration
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()} == before
 
