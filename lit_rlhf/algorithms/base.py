@@ -1,9 +1,9 @@
 """What online and offline algorithms share: optimiser set-up, rows of metrics, checkpoints of what trains."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from torch.optim import AdamW, Optimizer
 from transformers import get_scheduler
 
 from lit_rlhf import __version__
+from lit_rlhf.algorithms import halves
+from lit_rlhf.algorithms.means import RunningMean
 from lit_rlhf.algorithms.steps import StepGuard
 from lit_rlhf.callbacks.checkpoints import Checkpoints
 from lit_rlhf.checkpoint_io import write_to_files
 from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, shard, whole, world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.generators import from_plain, get_generators, set_generators, to_plain
-from lit_rlhf.halving import Halving, free
+from lit_rlhf.halving import Halving
 from lit_rlhf.machine import decode_dtype
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, cast_dtype
@@ -49,51 +51,6 @@ def make_optimizer(factory: OptimizerFactory, parameters: Iterable[nn.Parameter]
 
 def with_gradients(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-class RunningMean:
-    """Token-weighted means (and maxima, for names that end in ``_max``) of step metrics; saved with the checkpoint."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[float, float]] = {}
-
-    def add(self, metrics: dict[str, Tensor | float], weight: float) -> None:
-        for name, value in metrics.items():
-            number = float(value)
-            if name.endswith("_max"):
-                self.sums[name] = (max(number, self.sums.get(name, (-math.inf, 1.0))[0]), 1.0)
-            else:
-                total, count = self.sums.get(name, (0.0, 0.0))
-                self.sums[name] = (total + weight * number, count + weight)
-
-    def compute(self) -> dict[str, float]:
-        """The means so far over all processes, each of which must call this; afterwards counting starts anew."""
-        sums, self.sums = self._merged(gather(self.sums)), {}
-        return {name: total / count for name, (total, count) in sums.items() if count}
-
-    def take(self, other: "RunningMean") -> None:
-        """Adds another's sums, which starts anew."""
-        self.sums, other.sums = self._merged([self.sums, other.sums]), {}
-
-    def state(self) -> list[dict[str, tuple[float, float]]]:
-        """The sums of every process, each of which must call this."""
-        return gather(dict(self.sums))
-
-    def load_state(self, state: list[dict[str, tuple[float, float]]]) -> None:
-        """Takes this process's sums up again; of another number of processes, the first one takes all."""
-        own = state if len(state) == world_size() else [self._merged(state)] + [{}] * (world_size() - 1)
-        self.sums = {name: tuple(pair) for name, pair in own[rank()].items()}
-
-    @staticmethod
-    def _merged(parts: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
-        merged: dict[str, tuple[float, float]] = {}
-        for name, (total, count) in (item for part in parts for item in part.items()):
-            if name.endswith("_max"):
-                merged[name] = (max(total, merged.get(name, (-math.inf, 1.0))[0]), 1.0)
-            else:
-                so_far, weight = merged.get(name, (0.0, 0.0))
-                merged[name] = (so_far + total, weight + count)
-        return merged
 
 
 def require_plain(what: str, state: Any) -> None:
@@ -246,55 +203,10 @@ class Algorithm(L.LightningModule):
         """Nothing: gradients are freed right after each step, and those that are there belong to the next one."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002
-        if "update" in self.halving.stages:
-            return self.loss_in_halves(batch)
-        try:
-            return self.batch_loss(batch)
-        except (RuntimeError, MemoryError) as error:
-            self.halve_updates(error, batch)
-        return self.redo_step()
+        return halves.step_loss(self, batch)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        try:
-            return super().backward(loss, *args, **kwargs)
-        except (RuntimeError, MemoryError) as error:
-            self.halve_updates(error, self.step_batches()[-1])
-        loss.detach_()  # frees the activations, which Lightning's loss would hold
-        self.backward_now(self.redo_step())
-
-    def halve_updates(self, error: Exception, batch: Any) -> None:
-        """Lets updates work in halves of micro-batches, because of ``error``, or raises as ``Halving.halve`` does.
-
-        Of several processes none can do a step again by itself.
-        """
-        allowed = self.splits and world_size() == 1
-        self.halving.halve(error, "update", self.rows_of(batch), unit=self.unit, allowed=allowed)
-
-    def redo_step(self) -> Tensor:
-        """Does the micro-batches of the step under way once more, in halves; the last half's backward pass is left."""
-        free()
-        for parameter in self.parameters():
-            parameter.grad = None
-        self.forget_step()
-        *before, last = self.step_batches()
-        for batch in before:
-            self.backward_now(self.loss_in_halves(batch))
-        return self.loss_in_halves(last)
-
-    def loss_in_halves(self, batch: Any) -> Tensor:
-        """The loss of a micro-batch's second half, after a backward pass for its first one."""
-        try:
-            (first, share), (second, rest) = self.halves_of(batch)
-            self.backward_now(share * self.batch_loss(first))
-            return rest * self.batch_loss(second)
-        except (RuntimeError, MemoryError) as error:
-            self.halve_updates(error, batch)  # raises, as these are halves already
-
-    def backward_now(self, loss: Tensor) -> None:
-        """Adds a loss's gradients as Lightning does after a training step."""
-        with torch.autocast(self.device.type, enabled=False):
-            loss = loss / self.trainer.accumulate_grad_batches
-            self.trainer.strategy.backward(loss, self.trainer.optimizers[0])
+        halves.backward(self, loss, partial(super().backward, loss, *args, **kwargs))
 
     def forget_step(self) -> None:
         """Drops what was measured in the step under way."""

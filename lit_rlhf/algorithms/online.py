@@ -1,9 +1,7 @@
 """The base of every algorithm that learns from its own completions: stages 1 to 4 and 6, and what Lightning needs."""
 
 import copy
-import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,43 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_rlhf.algorithms.attempts import PatientLoader, ScoreError, raise_together
-from lit_rlhf.algorithms.base import Algorithm, RunningMean, require_plain
-from lit_rlhf.algorithms.judged import (
-    Anchors,
-    Judged,
-    cat_judged,
-    decode_completions,
-    describe,
-    mask_dense,
-    sample_rows,
-)
-from lit_rlhf.batch import Experience, PromptBatch, Rollout
+from lit_rlhf.algorithms.attempts import PatientLoader
+from lit_rlhf.algorithms.base import Algorithm, require_plain
+from lit_rlhf.algorithms.controllers import schedule_metrics, update_controllers
+from lit_rlhf.algorithms.held_out import HeldOut
+from lit_rlhf.algorithms.judged import Anchors, Judged, describe, sample_rows
+from lit_rlhf.algorithms.judging import anchor, judge
+from lit_rlhf.algorithms.means import RunningMean
+from lit_rlhf.batch import Experience, Rollout
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.clip import Clip
 from lit_rlhf.data.passes import SeededPasses
-from lit_rlhf.data.tokenize import PromptRows, Row, split_rows, tokenize_prompts
-from lit_rlhf.distributed import FSDP2Strategy, gather, rank, share, world_size
+from lit_rlhf.data.tokenize import PromptRows, Row
+from lit_rlhf.distributed import FSDP2Strategy, rank, world_size
 from lit_rlhf.entropy import EntropyBonus
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import full_kl, kl_estimate, masked_mean, ratio_stats
 from lit_rlhf.functional.masked import zero_masked
-from lit_rlhf.generators import seeded
 from lit_rlhf.kl import FixedKL, KLPenalty
 from lit_rlhf.models.policy import Policy, PolicyOutput, disable_dropout
 from lit_rlhf.models.reference import make_reference, require_same_reference
-from lit_rlhf.rewards.failure import RewardFailure
-from lit_rlhf.rewards.scoring import Reward, Scores, freeze, require_columns, score
+from lit_rlhf.rewards.scoring import Reward, freeze
 from lit_rlhf.rewards.shaping import ScoreShaper, place_scores
 from lit_rlhf.rollout.loader import RolloutLoader, exact_div
-from lit_rlhf.rollout.philox import derive_seed
 from lit_rlhf.rollout.sampler import Sampler
 
 log = logging.getLogger(__name__)
 
 CriticFactory = Callable[[Policy], nn.Module]
-# Keep the random numbers of validation and of rewards apart from those of training.
-_VALIDATION_STREAM, _SCORE_STREAM = 1, 2
 
 
 class OnlineAlgorithm(Algorithm):
@@ -142,8 +131,7 @@ class OnlineAlgorithm(Algorithm):
         self.tokens = 0
         self.pending: dict[str, float] = {}  # metrics of the iteration under way, its samples, its validation
         self.samples: list[dict[str, Any]] = []
-        self.validated: list[Judged] = []
-        self.validation_rows = 0  # of the validation under way
+        self.held_out = HeldOut(self)
         self.minibatch_kl = RunningMean()  # approximate KL of the minibatch under way
 
     # ---- what a subclass gives ------------------------------------------------------------------------------------
@@ -221,94 +209,16 @@ class OnlineAlgorithm(Algorithm):
 
     def judge(self, rows: list[Row], episodes: Tensor, seed: int) -> Judged:
         """Stages 1 to 3: completes prompts and measures the completions. Used by training and validation alike."""
-        prompts = tokenize_prompts(
-            rows,
-            self.policy.tokenizer,
-            episodes=episodes,
-            max_new_tokens=self.sampler.max_new_tokens,
-            context_length=self.policy.context_length,
-        )
-        part = self._judge_share(prompts[share(len(rows), rank(), world_size())], seed)
-        if world_size() == 1:
-            return part
-        with self.phase("gather"):
-            return cat_judged(gather(part), len(rows))
+        return judge(self, rows, episodes, seed)
 
-    def _judge_share(self, prompts: PromptBatch, seed: int) -> Judged:
-        """Stages 1 to 3 for the prompts of this process."""
-        judges = {"reward": self.reward, "gold": self.gold} if self.gold is not None else {"reward": self.reward}
-        for key, judge in judges.items():
-            require_columns(key, judge, prompts.columns)
-        with self.phase("rollout"):
-            rollout = self.rollout(prompts, seed)
-        completions = decode_completions(rollout, self.policy.tokenizer)
-        ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
-        # A reward that draws random numbers draws the same ones in a resumed run.
-        judged, failure = {}, None
-        with self.phase("score"), seeded(derive_seed(seed, _SCORE_STREAM, int(prompts.episodes[0]))):
-            try:
-                judged = {
-                    key: score(judge, prompts.prompts, completions, prompts.columns, ids, self.policy.tokenizer)
-                    for key, judge in judges.items()
-                }
-            except Exception as error:
-                failure = error
-        raise_together(failure)
-        with self.phase("anchor"):
-            anchors = self.anchor(rollout)
-        judged = {key: mask_dense(scores, rollout.response_mask) for key, scores in judged.items()}
-        gold = judged.get("gold", Scores({}, {}))
-        return Judged(prompts, rollout, completions, judged["reward"], gold, anchors)
-
-    def rollout(self, prompts: PromptBatch, seed: int) -> Rollout:
-        """Stage 1, on the policy's device; the result is on the CPU."""
-        model = self.policy.decoder(self.decode_dtype)
-        training = model.training
-        model.eval()  # in train mode gradient checkpointing would switch the KV cache off
-        with torch.autocast(self.device.type, enabled=False):
-            rollout = self.halving.run(
-                "rollout",
-                self.sampler.chunk_size or len(prompts),
-                lambda size: self.sampler.generate(
-                    model,
-                    prompts.to(self.device),
-                    seed=seed,
-                    stop_ids=self.policy.stop_ids,
-                    pad_id=self.policy.tokenizer.pad_token_id,
-                    progress=lambda done, whole: self.call_hook("on_phase", "rollout", done, whole),
-                    chunk_size=size,
-                ),
-                allowed=self.forwards_alone,
-            )
-        model.train(training)
-        self.policy.free_decoder()
-        return rollout.to("cpu")
+    def anchor(self, rollout: Rollout) -> Anchors:
+        """Stage 3, see ``judging.anchor``."""
+        return anchor(self, rollout)
 
     @property
     def forwards_alone(self) -> bool:
         """Whether this process can make more forward passes than the others; sharded weights need all of them."""
         return not isinstance(self.trainer.strategy, FSDP2Strategy)
-
-    def anchor(self, rollout: Rollout) -> Anchors:
-        """Stage 3: log-probabilities by the training forward pass, in its precision, so that the first ratio is 1."""
-        rows = min(self.minibatch_size, len(rollout))
-        anchors = functools.partial(self._anchor, rollout)
-        return self.halving.run("anchor", rows, anchors, allowed=self.forwards_alone)
-
-    def _anchor(self, rollout: Rollout, size: int) -> Anchors:
-        parts: list[tuple[Tensor, ...]] = []
-        starts = range(0, len(rollout), size)
-        with self.autocast_for_many():
-            for number, start in enumerate(starts):
-                self.call_hook("on_phase", "anchor", number, len(starts))
-                part = rollout[start : start + size].to(self.device)
-                tokens = (part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
-                output, reference = self.both(*tokens)
-                values = [self.critic(output, *tokens)] if self.critic is not None else []
-                kl = self.kl_of(output, reference.logprobs, reference.logits, part.response_mask)
-                parts.append((output.logprobs, reference.logprobs, kl, *values))
-        logprobs, ref_logprobs, kl, *values = (torch.cat(column).float().cpu() for column in zip(*parts, strict=True))
-        return Anchors(logprobs, ref_logprobs, kl, values[0] if values else None)
 
     def both(self, *tokens: Tensor) -> tuple[PolicyOutput, PolicyOutput]:
         """What policy and reference say of the same tokens."""
@@ -423,13 +333,13 @@ class OnlineAlgorithm(Algorithm):
             return  # max_steps ended the run inside the iteration; a run with more steps goes on from here
         if spent := self.kl.budget is not None and self.pending["objective/kl"] > self.kl.budget:
             self.trainer.should_stop = True  # already here: then this iteration is the last to be validated
-        self._validate_if_missed()
-        row = {"policy/early_stopped": 0.0, **self.pending, **self.means.compute(), **self.schedule_metrics()}
+        self.held_out.run_if_missed()
+        row = {"policy/early_stopped": 0.0, **self.pending, **self.means.compute(), **schedule_metrics(self)}
         row["optim/lr"] = self.learning_rate
         row["optim/skipped_steps"] = self.guard.take_skipped()
         row["time/iteration"] = time.perf_counter() - self._started
         row["time/update"] = row["time/iteration"] - sum(row.get(f"time/{s}", 0.0) for s in _STAGES)
-        self.update_controllers(row)
+        update_controllers(self, row)
         self.iteration += 1
         self.call_hook("on_experience", self.loader.experience)
         self.loader.finish()
@@ -453,43 +363,6 @@ class OnlineAlgorithm(Algorithm):
         parts = {"kl": self.kl, "clip": self.clip, "entropy": self.entropy}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def update_controllers(self, row: dict[str, float]) -> None:
-        """Lets whatever follows a measurement follow this iteration's."""
-        if math.isfinite(row["objective/kl"]):  # else no step was taken, and the controllers stay as they are
-            self.kl.update(row["objective/kl"], self.rollout_batch_size)
-        if self.clip is not None and self.clip.follows_kl:
-            row["policy/update_kl"] = self.update_kl()
-            if math.isfinite(row["policy/update_kl"]):
-                self.clip.update(row["policy/update_kl"])
-        if self.entropy is not None and "policy/entropy" in row:  # not if every step was skipped
-            self.entropy.update(row["policy/entropy"])
-
-    @torch.no_grad()
-    def update_kl(self) -> float:
-        """KL(rollout policy || policy) over the iteration's tokens, in nats per token: how far the updates went."""
-        experience, total, count = self.loader.experience, 0.0, 0.0
-        with self.autocast_for_many():
-            for start in range(0, len(experience), self.minibatch_size):
-                batch = experience[start : start + self.minibatch_size][rank() :: world_size()].to(self.device)
-                mask = batch.response_mask
-                tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, mask)
-                output = self.policy(*tokens, temperature=self.temperature)
-                # The tokens are the old policy's: k3 estimates its KL to the new one.
-                kl = kl_estimate(zero_masked(batch.logprobs, mask), zero_masked(output.logprobs, mask), "k3")
-                total, count = total + float(kl.sum()), count + float(mask.sum())
-        totals, counts = zip(*gather((total, count)), strict=True)
-        return sum(totals) / sum(counts)
-
-    def schedule_metrics(self) -> dict[str, float]:
-        """Coefficients of this iteration that follow a schedule."""
-        metrics: dict[str, float | None] = {}
-        if self.clip is not None:
-            bounds = self.clip.at(self.progress)
-            metrics |= {"clip/low": bounds.low, "clip/high": bounds.high, "clip/penalty": bounds.penalty}
-        if self.entropy is not None:
-            metrics["entropy/coef"] = self.entropy.at(self.progress)
-        return {name: value for name, value in metrics.items() if value is not None}
-
     @property
     def progress(self) -> float:
         """The share of the run's optimiser steps that is done, in [0, 1]; 0 where their number is not known."""
@@ -499,55 +372,11 @@ class OnlineAlgorithm(Algorithm):
     # ---- validation -----------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
-        """Completes a batch of held-out prompts; the random numbers are the same at every validation.
-
-        The prompts of several loaders are measured together. Within a fit, a batch whose reward fails is left out.
-        """
-        rows = split_rows(batch)
-        episodes = self.validation_rows + torch.arange(len(rows))
-        self.validation_rows += len(rows)
-        try:
-            self.validated.append(self.judge(rows, episodes, derive_seed(self.seed, _VALIDATION_STREAM)))
-        except ScoreError as error:
-            raise error.__cause__ from None
-        except RewardFailure as failure:
-            if not failure.skips and self.trainer.state.fn != "fit":
-                raise
-            # Nothing is learned from it; if the reward is gone for good, the next rollout ends the run.
-            log.warning("a batch of the validation is left out: %s", failure)
+        """See ``HeldOut.step``."""
+        self.held_out.step(batch)
 
     def on_validation_epoch_end(self) -> None:
-        validated, self.validated, self.validation_rows = self.validated, [], 0
-        if self.trainer.sanity_checking or not validated:
-            return
-        judged = cat_judged(validated)
-        described = describe(judged, self.kl.at(self.progress), charged=self.kl_in_reward)
-        metrics = {f"val/{name}": value for name, value in described.items() if not name.endswith("kl_coef")}
-        fitting = self.trainer.state.fn == "fit"
-        iteration = self.iteration + 1 if fitting else self.iteration
-        samples = sample_rows(judged, iteration, "validation")
-        if fitting:
-            self.pending.update(metrics)
-            self.samples += samples
-            # For callbacks that monitor them at the validation's end, before the iteration's row is logged.
-            self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-        else:
-            self.log_row(metrics)
-            self.call_hook("on_samples", iteration, samples)
-
-    def _validate_if_missed(self) -> None:
-        """Runs a validation that is due now and that the fit loop passed over.
-
-        It validates after the last batch that it expects, which never comes when updates stop early, and which is not
-        repeated when a run resumes right behind it. It passes over the last iteration, too, unless that is a multiple
-        of `check_val_every_n_epoch`: then a run's last held-out values would be those of an earlier policy.
-        """
-        trainer, every = self.trainer, self.trainer.check_val_every_n_epoch
-        bounds = ((trainer.max_epochs, self.iteration + 1), (trainer.max_steps, trainer.global_step))
-        last = trainer.should_stop or any(bound and 0 < bound <= done for bound, done in bounds)
-        due = trainer.enable_validation and every is not None and (last or (self.iteration + 1) % every == 0)
-        if due and not any(name.startswith("val/") for name in self.pending):
-            self.run_validation()
+        self.held_out.end()
 
     # ---- Lightning ------------------------------------------------------------------------------------------------
 
@@ -581,8 +410,8 @@ class OnlineAlgorithm(Algorithm):
                         f"{name} changes over the whole run, and trainer.max_time alone does not say how long that is; "
                         "set trainer.max_epochs or trainer.max_steps as well"
                     )
-        for judge in (self.reward, self.gold):
-            freeze(judge, self.trainer.strategy.root_device)
+        for scorer in (self.reward, self.gold):
+            freeze(scorer, self.trainer.strategy.root_device)
         if stage == "fit":
             if self.reward_has_state:
                 require_plain("the reward's state_dict()", self.reward.state_dict())

@@ -12,7 +12,7 @@ from tiny import letters, tiny_policy
 
 from lit_rlhf import SFT
 from lit_rlhf.algorithms import TRPO
-from lit_rlhf.algorithms.base import RunningMean
+from lit_rlhf.algorithms.means import RunningMean
 from lit_rlhf.algorithms.steps import StepGuard
 from lit_rlhf.entropy import TargetEntropy
 from lit_rlhf.errors import UserError

@@ -33,14 +33,14 @@ class Places:
 
     def install(self) -> None:
         """Watches files by Python's audit events, which come before each is touched, and some functions by wrapping."""
-        import lit_rlhf.algorithms.online as online
+        import lit_rlhf.algorithms.judging as judging
         import lit_rlhf.callbacks.samples as samples
         import lit_rlhf.checkpoint_io as checkpoint_io
         import lit_rlhf.loggers.csv as metrics
         from lit_rlhf.algorithms.base import Algorithm
 
         sys.addaudithook(self._on_event)
-        self._wrap(online, "score", "scoring")
+        self._wrap(judging, "score", "scoring")
         self._wrap(Algorithm, "on_before_optimizer_step", "update")
         self._wrap(Algorithm, "optimizer_step", "update")
         self._wrap(Algorithm, "call_hook", "rollout", lambda _, name, phase=None, *rest: phase == "rollout")

@@ -1,0 +1,82 @@
+"""An online algorithm's validation: completions of held-out prompts, measured as those of training are."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_rlhf.algorithms.attempts import ScoreError
+from lit_rlhf.algorithms.judged import Judged, cat_judged, describe, sample_rows
+from lit_rlhf.data.tokenize import split_rows
+from lit_rlhf.rewards.failure import RewardFailure
+from lit_rlhf.rollout.philox import derive_seed
+
+if TYPE_CHECKING:
+    from lit_rlhf.algorithms.online import OnlineAlgorithm
+
+log = logging.getLogger(__name__)
+
+_STREAM = 1  # keeps the random numbers of validation apart from those of training
+
+
+class HeldOut:
+    """The validation of ``algorithm``; its random numbers are the same every time."""
+
+    def __init__(self, algorithm: "OnlineAlgorithm") -> None:
+        self.algorithm = algorithm
+        self.judged: list[Judged] = []  # of the validation under way
+        self.rows = 0
+
+    def step(self, batch: Any) -> None:
+        """Completes a batch of held-out prompts; those of several loaders are measured together.
+
+        Within a fit, a batch whose reward fails is left out.
+        """
+        rows = split_rows(batch)
+        episodes = self.rows + torch.arange(len(rows))
+        self.rows += len(rows)
+        try:
+            self.judged.append(self.algorithm.judge(rows, episodes, derive_seed(self.algorithm.seed, _STREAM)))
+        except ScoreError as error:
+            raise error.__cause__ from None
+        except RewardFailure as failure:
+            if not failure.skips and self.algorithm.trainer.state.fn != "fit":
+                raise
+            # Nothing is learned from it; if the reward is gone for good, the next rollout ends the run.
+            log.warning("a batch of the validation is left out: %s", failure)
+
+    def end(self) -> None:
+        """Logs the validation's row and samples, or within a fit keeps them for the iteration's."""
+        algorithm, trainer = self.algorithm, self.algorithm.trainer
+        parts, self.judged, self.rows = self.judged, [], 0
+        if trainer.sanity_checking or not parts:
+            return
+        judged = cat_judged(parts)
+        described = describe(judged, algorithm.kl.at(algorithm.progress), charged=algorithm.kl_in_reward)
+        metrics = {f"val/{name}": value for name, value in described.items() if not name.endswith("kl_coef")}
+        fitting = trainer.state.fn == "fit"
+        iteration = algorithm.iteration + 1 if fitting else algorithm.iteration
+        samples = sample_rows(judged, iteration, "validation")
+        if fitting:
+            algorithm.pending.update(metrics)
+            algorithm.samples += samples
+            # For callbacks that monitor them at the validation's end, before the iteration's row is logged.
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        else:
+            algorithm.log_row(metrics)
+            algorithm.call_hook("on_samples", iteration, samples)
+
+    def run_if_missed(self) -> None:
+        """Runs a validation that is due now and that the fit loop passed over.
+
+        It validates after the last batch that it expects, which never comes when updates stop early, and which is not
+        repeated when a run resumes right behind it. It passes over the last iteration, too, unless that is a multiple
+        of `check_val_every_n_epoch`: then a run's last held-out values would be those of an earlier policy.
+        """
+        algorithm, trainer = self.algorithm, self.algorithm.trainer
+        every, iteration = trainer.check_val_every_n_epoch, algorithm.iteration + 1
+        bounds = ((trainer.max_epochs, iteration), (trainer.max_steps, trainer.global_step))
+        last = trainer.should_stop or any(bound and 0 < bound <= done for bound, done in bounds)
+        due = trainer.enable_validation and every is not None and (last or iteration % every == 0)
+        if due and not any(name.startswith("val/") for name in algorithm.pending):
+            algorithm.run_validation()
