@@ -42,7 +42,7 @@ _TABLE: dict[str, tuple[str, str, Direction]] = {
     "rollout/kept_reward": ("reward of the completions that are learned from, mean", "reward", "higher"),
     "rollout/kept_rate": ("share of completions that are right and learned from", "fraction", "higher"),
     "rollout/constant_groups": ("share of prompts all of whose completions score the same", "fraction", "lower"),
-    "rollout/skipped_batches": ("batches left out because their reward failed", "count", "lower"),
+    "rollout/skipped_batches": ("batches left out because their reward failed or was not finite", "count", "lower"),
     "rollout/logprob_gap": ("mean |logprob in the sampler - in the training pass|", "nats/token", "lower"),
     # update
     "policy/approxkl": ("0.5 * (log ratio)^2 to the rollout policy, mean over tokens", "nats/token", None),

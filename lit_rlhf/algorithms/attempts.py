@@ -1,8 +1,9 @@
-"""An iteration's rollout, tried again where a reward fails: without the batch, or after a stop that loses nothing."""
+"""Batches whose reward fails: they are left out, or the run stops and loses nothing."""
 
 import copy
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from lit_rlhf.batch import Experience
 from lit_rlhf.distributed import gather, rank
@@ -11,7 +12,7 @@ from lit_rlhf.rollout.loader import RolledBack, RolloutLoader
 
 log = logging.getLogger(__name__)
 
-#: Batches in a row that are left out at most.
+#: Batches in a row that are left out at most, by ``on_failure: skip_batch``.
 MOST_SKIPPED = 5
 
 
@@ -19,12 +20,59 @@ class ScoreError(Exception):
     """Carries what a reward raised, a mistake in its code, past everything that handles other errors."""
 
 
+class Patience:
+    """Counts batches in a row whose reward failed, and says when there are too many.
+
+    Args:
+        most_spoiled: with scores that are not finite, of a reward that says nothing of failures.
+    """
+
+    def __init__(self, most_spoiled: int) -> None:
+        self.most_spoiled = most_spoiled
+        self.in_a_row = 0
+
+    def leave_out(self, error: RewardFailure | ScoreError, where: str, save: Callable[[], str]) -> None:
+        """Goes on without the batch that ``error`` is about, and warns of it, or ends the run.
+
+        All processes come here with an error each, and all of them stay or go.
+
+        Args:
+            error: what ``raise_together`` raised.
+            where: the place in the run.
+            save: writes a checkpoint, and says so, or nothing.
+
+        Raises:
+            RewardFailure: ``error``, if its batch cannot be left out or is the last that may fail in a row.
+            Exception: what the reward raised by mistake.
+        """
+        if isinstance(error, ScoreError):
+            _give_up(error.__cause__, save)
+        self.in_a_row += 1
+        most = self.most_spoiled if error.spoiled else MOST_SKIPPED
+        count = f"{self.in_a_row} batches in a row"
+        if not error.skips or self.in_a_row >= most:
+            limit = f", algorithm.max_skipped_steps={most}" if error.spoiled else ""
+            told = f"{error} ({count}{limit})" if error.skips else str(error)
+            raise RewardFailure(". ".join(filter(None, [f"{where}: {told}", save()]))) from error
+        log.warning("%s: the batch is left out (%d of at most %d in a row): %s", where, self.in_a_row, most - 1, error)
+
+    def reset(self) -> None:
+        """Called after a batch that has scores."""
+        self.in_a_row = 0
+
+
+def _give_up(mistake: BaseException, save: Callable[[], str]) -> NoReturn:
+    if said := save():
+        mistake.add_note(said)
+    raise mistake from None
+
+
 class PatientLoader(RolloutLoader):
     """A RolloutLoader whose rollouts may fail in their rewards, or be taken back by a callback.
 
-    A failure with ``on_failure: skip_batch`` drops the completions, and the iteration is made of the next prompts, with
-    the same random numbers. Any other one, and the last of ``MOST_SKIPPED`` in a row, ends the run. The checkpoint that
-    is written first holds nothing of the iteration: the prompts are those it began with.
+    A failure that ``Patience`` bears drops the completions, and the iteration is made of the next prompts, with the
+    same random numbers. Any other one ends the run. The checkpoint that is written first holds nothing of the
+    iteration: the prompts are those it began with.
 
     Args:
         algorithm: the online algorithm whose loader this is.
@@ -38,27 +86,16 @@ class PatientLoader(RolloutLoader):
     def new_experience(self) -> Experience:
         self.algorithm.call_hook("on_rollout_start")
         before = copy.deepcopy(self.algorithm.state())
-        skipped = 0
+        patience = Patience(self.algorithm.guard.limit)
         while True:
             try:
                 experience = super().new_experience()
             except RolledBack:
                 return self.new_experience()
-            except RewardFailure as failure:
-                skipped += 1
-                if not failure.skips or skipped == MOST_SKIPPED:
-                    given_up = f" ({skipped} batches in a row)" if failure.skips else ""
-                    raise RewardFailure(f"{failure}{given_up}. {self._saved(before)}") from failure
-                log.warning(
-                    "iteration %d: the batch is left out, the next prompts take its place (%d of at most %d in a row): "
-                    "%s", self.iteration + 1, skipped, MOST_SKIPPED - 1, failure,
-                )  # fmt: skip
-            except ScoreError as error:
-                cause = error.__cause__
-                cause.add_note(self._saved(before))
-                raise cause from None
+            except (RewardFailure, ScoreError) as error:
+                patience.leave_out(error, f"iteration {self.iteration + 1}", lambda: self._saved(before))
             else:
-                self.algorithm.pending["rollout/skipped_batches"] = float(skipped)
+                self.algorithm.pending["rollout/skipped_batches"] = float(patience.in_a_row)
                 return experience
 
     def _saved(self, before: dict[str, Any]) -> str:
@@ -76,8 +113,10 @@ def raise_together(error: Exception | None) -> None:
     """
     failure = isinstance(error, RewardFailure)
     told = f"{error}" if failure else f"process {rank()}: {type(error).__name__}: {error}"
-    all_told = [part for part in gather(None if error is None else (told, failure and error.skips)) if part]
+    own = None if error is None else (told, failure and error.skips, failure and error.spoiled)
+    all_told = [part for part in gather(own) if part]
     if error is not None and not failure:
         raise ScoreError from error
     if all_told:
-        raise RewardFailure(all_told[0][0], skips=all(skips for _, skips in all_told)) from error
+        texts, skips, spoiled = zip(*all_told, strict=True)
+        raise RewardFailure(texts[0], skips=all(skips), spoiled=all(spoiled)) from error

@@ -84,7 +84,8 @@ class Algorithm(L.LightningModule):
         scheduler: called with ``optimizer=`` and, if it takes it, ``num_training_steps=``; a constant rate by default.
         seed: of everything random in the run.
         max_skipped_steps: optimiser steps in a row that are skipped because of a loss, gradient, log-probability, ratio
-            or value that is not finite; then the run ends, with a checkpoint.
+            or value that is not finite; then the run ends, with a checkpoint. Also batches in a row that are left out
+            because of a reward that is not finite.
     """
 
     online: bool
@@ -335,7 +336,9 @@ class Algorithm(L.LightningModule):
     def run_validation(self) -> None:
         """Runs the validation loop from within the fit, where the fit loop itself does not."""
         self.trainer.validating = True
-        self.trainer.fit_loop.epoch_loop.val_loop.run()
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False  # after a resume, its progress is that of a validation before
+        loop.run()
         self.trainer.training = True
 
     def take_over_loader(self) -> None:

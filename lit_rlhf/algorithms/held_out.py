@@ -1,11 +1,10 @@
 """An online algorithm's validation: completions of held-out prompts, measured as those of training are."""
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_rlhf.algorithms.attempts import ScoreError
+from lit_rlhf.algorithms.attempts import Patience, ScoreError
 from lit_rlhf.algorithms.judged import Judged, cat_judged, describe, sample_rows
 from lit_rlhf.data.tokenize import split_rows
 from lit_rlhf.rewards.failure import RewardFailure
@@ -14,49 +13,73 @@ from lit_rlhf.rollout.philox import derive_seed
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.online import OnlineAlgorithm
 
-log = logging.getLogger(__name__)
-
 _STREAM = 1  # keeps the random numbers of validation apart from those of training
 
 
 class HeldOut:
-    """The validation of ``algorithm``; its random numbers are the same every time."""
+    """The validation of ``algorithm``; its random numbers are the same every time.
+
+    A batch whose reward fails is left out and counted, or ends the run, as in training.
+    """
 
     def __init__(self, algorithm: "OnlineAlgorithm") -> None:
         self.algorithm = algorithm
+        self._begin()
+
+    def _begin(self) -> None:
         self.judged: list[Judged] = []  # of the validation under way
         self.rows = 0
+        self.skipped = 0
+        self.patience = Patience(self.algorithm.guard.limit)
 
     def step(self, batch: Any) -> None:
         """Completes a batch of held-out prompts; those of several loaders are measured together.
 
-        Within a fit, a batch whose reward fails is left out.
+        Raises:
+            RewardFailure, Exception: as ``Patience.leave_out``; within a fit there is a checkpoint, which a resume
+                validates from.
         """
         rows = split_rows(batch)
         episodes = self.rows + torch.arange(len(rows))
         self.rows += len(rows)
         try:
-            self.judged.append(self.algorithm.judge(rows, episodes, derive_seed(self.algorithm.seed, _STREAM)))
-        except ScoreError as error:
-            raise error.__cause__ from None
-        except RewardFailure as failure:
-            if not failure.skips and self.algorithm.trainer.state.fn != "fit":
-                raise
-            # Nothing is learned from it; if the reward is gone for good, the next rollout ends the run.
-            log.warning("a batch of the validation is left out: %s", failure)
+            judged = self.algorithm.judge(rows, episodes, derive_seed(self.algorithm.seed, _STREAM))
+        except (RewardFailure, ScoreError) as error:
+            self.patience.leave_out(error, "validation", self._save)
+            self.skipped += 1
+        else:
+            self.judged.append(judged)
+            self.patience.reset()
+
+    def _save(self) -> str:
+        """Writes a checkpoint of the moment before the validation, if training has brought the run anywhere."""
+        trainer = self.algorithm.trainer
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return ""
+        # What comes after an iteration's last step is done at the resume, if that step is the last thing that was done.
+        epochs, batches = trainer.fit_loop.epoch_progress, trainer.fit_loop.epoch_loop.batch_progress
+        for progress in (epochs.total, epochs.current):
+            progress.processed = progress.completed = progress.started - 1
+        for progress in (batches.total, batches.current):
+            progress.completed = progress.processed - 1
+        self._begin()
+        return self.algorithm.save_state()
 
     def end(self) -> None:
         """Logs the validation's row and samples, or within a fit keeps them for the iteration's."""
         algorithm, trainer = self.algorithm, self.algorithm.trainer
-        parts, self.judged, self.rows = self.judged, [], 0
-        if trainer.sanity_checking or not parts:
+        parts, rows, skipped = self.judged, self.rows, self.skipped
+        self._begin()
+        if trainer.sanity_checking or not rows:
             return
-        judged = cat_judged(parts)
-        described = describe(judged, algorithm.kl.at(algorithm.progress), charged=algorithm.kl_in_reward)
-        metrics = {f"val/{name}": value for name, value in described.items() if not name.endswith("kl_coef")}
         fitting = trainer.state.fn == "fit"
         iteration = algorithm.iteration + 1 if fitting else algorithm.iteration
-        samples = sample_rows(judged, iteration, "validation")
+        metrics, samples = {"val/rollout/skipped_batches": float(skipped)}, []
+        if parts:
+            judged = cat_judged(parts)
+            described = describe(judged, algorithm.kl.at(algorithm.progress), charged=algorithm.kl_in_reward)
+            metrics |= {f"val/{name}": value for name, value in described.items() if not name.endswith("kl_coef")}
+            samples = sample_rows(judged, iteration, "validation")
         if fitting:
             algorithm.pending.update(metrics)
             algorithm.samples += samples

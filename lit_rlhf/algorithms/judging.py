@@ -56,12 +56,12 @@ def _judge_share(algorithm: "OnlineAlgorithm", prompts: PromptBatch, seed: int) 
                 key: score(judge, prompts.prompts, completions, prompts.columns, ids, tokenizer)
                 for key, judge in judges.items()
             }
+            judged = {key: mask_dense(scores, rollout.response_mask) for key, scores in judged.items()}
         except Exception as error:
             failure = error
     raise_together(failure)
     with algorithm.phase("anchor"):
         anchors = algorithm.anchor(rollout)
-    judged = {key: mask_dense(scores, rollout.response_mask) for key, scores in judged.items()}
     return Judged(prompts, rollout, completions, judged["reward"], judged.get("gold", Scores({}, {})), anchors)
 
 

@@ -336,8 +336,6 @@ class OfflineAlgorithm(Algorithm):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.awaits_validation:  # the checkpoint was made between a step and its validation
-            # its progress is that of the validation before
-            self.trainer.fit_loop.epoch_loop.val_loop.restarting = False
             self.run_validation()
 
     def state(self) -> dict[str, Any]:

@@ -12,12 +12,18 @@ class RewardFailure(UserError):
     """A reward gave no usable scores, for good: whatever it does to try again it has done.
 
     Attributes:
-        skips: whether the run may go on without the batch (``on_failure: skip_batch``).
+        skips: whether the run may go on without the batch: ``on_failure: skip_batch``, or ``spoiled``.
+        spoiled: whether a score was NaN or infinite, and the reward does not say by ``on_failure`` what is to happen.
     """
 
-    def __init__(self, message: str, *, skips: bool = False) -> None:
+    def __init__(self, message: str, *, skips: bool = False, spoiled: bool = False) -> None:
         super().__init__(message)
         self.skips = skips
+        self.spoiled = spoiled
+
+
+class NotFinite(UserError):
+    """A score is NaN or infinite."""
 
 
 def check_on_failure(value: str) -> str:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.rewards.failure import RewardFailure, sample_in_hand
+from lit_rlhf.rewards.failure import NotFinite, RewardFailure, sample_in_hand
 
 Reward = Callable[..., Any]
 """``reward(prompts, completions, **columns)`` -> B numbers, a Tensor (B,), or a dict of named ones. May be async.
@@ -23,8 +23,9 @@ A reward that names the argument ``completion_ids`` gets each completion's token
 ``tokenizer`` gets the policy's. It may return one number per token, as a list of lists of these lengths or as a
 Tensor (B, T). A reward with a method ``learn_from(scores)`` gets the ``Scores`` of each training iteration; one with
 ``state_dict`` and ``load_state_dict`` is saved with the run; where one with ``on_failure = "skip_batch"`` fails, the
-run goes on with other prompts. Of several processes each calls the reward with its share of the completions, and
-``learn_from`` with those of all: a reward that learns there stays the same in every process.
+run goes on with other prompts, and with ``on_failure = "stop"`` it ends. Of several processes each calls the reward
+with its share of the completions, and ``learn_from`` with those of all: a reward that learns there stays the same in
+every process.
 """
 
 
@@ -80,7 +81,7 @@ def score(
     Raises:
         RewardFailure: a UserError of the reward's, another number of scores than completions or tokens, something that
             is no number, NaN or infinity (the first bad sample is named). It skips the batch if the reward has an
-            attribute ``on_failure`` that is "skip_batch".
+            attribute ``on_failure`` that is "skip_batch"; for NaN and infinity also if it has none.
         Exception: whatever else the reward raises, with a note that names the sample.
     """
     try:
@@ -88,7 +89,9 @@ def score(
     except RewardFailure:
         raise  # that of a reward within this one
     except UserError as error:
-        raise RewardFailure(str(error), skips=getattr(reward, "on_failure", None) == "skip_batch") from error
+        on_failure = getattr(reward, "on_failure", None)
+        spoiled = isinstance(error, NotFinite) and on_failure is None
+        raise RewardFailure(str(error), skips=spoiled or on_failure == "skip_batch", spoiled=spoiled) from error
     except Exception as error:
         if not getattr(error, "__notes__", None):
             number = sample_in_hand(error.__traceback__, list(completions))
@@ -213,7 +216,7 @@ def _checked(name: str, values: Any, prompts: Sequence[Any], completions: Sequen
         number = int(bad.nonzero()[0])
         value = scores[number].tolist()
         shown = value if not isinstance(value, list) else next(v for v in value if not math.isfinite(v))
-        raise UserError(f"reward '{name}' returned {shown} for {_sample(number, prompts, completions)}")
+        raise NotFinite(f"reward '{name}' returned {shown} for {_sample(number, prompts, completions)}")
     return scores
 
 

@@ -6,13 +6,17 @@ import time
 import pytest
 import torch
 from algorithms.test_resume import assert_same, make, run, written
+from lightning.pytorch.callbacks import ModelCheckpoint
 from local_server import Answer, Server
 from ppo_runs import fit
 from ppo_runs import make as tiny_ppo
 from tiny import Prompts, letters
 
 from lit_rlhf.algorithms.attempts import MOST_SKIPPED
+from lit_rlhf.callbacks import Samples
+from lit_rlhf.callbacks.checkpoints import Checkpoints
 from lit_rlhf.errors import UserError
+from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.rewards import CompositeReward, ConstrainedReward, EnsembleReward, JudgeReward, RemoteReward, http
 from lit_rlhf.rewards.failure import RewardFailure, sample_in_hand
 
@@ -147,20 +151,95 @@ def test_it_gives_up_at_the_fifth_in_a_row_and_loses_nothing(tmp_path, whole):
     assert_same(whole[0], resumed, whole[1], tmp_path)
 
 
-@pytest.mark.parametrize("on_failure", ["stop", "skip_batch"])
-def test_a_batch_of_the_validation_is_left_out(trainer, caplog, on_failure):
+def test_a_batch_of_the_validation_is_left_out_and_counted(trainer, caplog):
     """Requests of an iteration: 8 training completions, then 2 validation batches."""
     def broken_second_batch(body):
         return Answer(500) if body["prompts"] == list(Prompts.texts[2:4]) else healthy(body)
 
     rows = []
-    for answer in (healthy, broken_second_batch):
+    for answer, skipped in ((healthy, 0), (broken_second_batch, 1)):
         with Server(answer) as server:
-            ppo = tiny_ppo(reward=remote(server, on_failure=on_failure))
+            ppo = tiny_ppo(reward=remote(server, on_failure="skip_batch"))
             watch = fit(trainer, ppo, data=Prompts(validation=True), max_epochs=1)
         rows.append([row for row in watch.samples if row["split"] == "validation"])
+        assert watch.rows[0]["val/rollout/skipped_batches"] == skipped
     assert rows[1] == rows[0][:2]
-    assert "a batch of the validation is left out: reward.url: POST" in caplog.text
+    assert "validation: the batch is left out (1 of at most 4 in a row): reward.url: POST" in caplog.text
+
+
+def test_a_validation_of_which_every_batch_is_left_out_is_not_repeated(trainer):
+    def broken_validation(body):
+        return Answer(500) if len(body["prompts"]) == 2 else healthy(body)
+
+    with Server(broken_validation) as server:
+        ppo = tiny_ppo(reward=remote(server, on_failure="skip_batch"), target_kl=1e-9)  # updates end early
+        watch = fit(trainer, ppo, data=Prompts(validation=True), max_epochs=1)
+        assert len(server.requests) == 3
+    assert watch.rows[0]["val/rollout/skipped_batches"] == 2
+    assert not any(row["split"] == "validation" for row in watch.samples)
+
+
+class Dead:
+    """Raises when ``ppo`` validates after ``number`` iterations and the one under way."""
+
+    name = "letters"
+
+    def __init__(self, number, raises=None):
+        self.number, self.raises, self.ppo = number, raises, None
+
+    def __call__(self, prompts, completions, **columns):
+        if len(prompts) == 2 and self.ppo.iteration == self.number:
+            raise self.raises
+        return letters(prompts, completions)
+
+
+KEEPERS = {
+    "Checkpoints": lambda folder: Checkpoints(dirpath=folder / "checkpoints", every_n_epochs=100),
+    "ModelCheckpoint": lambda folder: ModelCheckpoint(dirpath=folder / "checkpoints", every_n_train_steps=10**6),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "keeper"),
+    [
+        ("in the middle", KeyError("mistake"), "ModelCheckpoint"),
+        ("the last", UserError("gone"), "ModelCheckpoint"),
+        ("missed", UserError("gone"), "Checkpoints"),
+        ("updates that end early", UserError("gone"), "Checkpoints"),
+    ],
+)
+def test_a_validation_whose_reward_stops_ends_the_run_with_a_checkpoint_that_loses_nothing(
+    tmp_path, trainer, case, error, keeper
+):
+    """The last one, too, and one that is not the fit loop's: a run never looks complete without it."""
+    number = 0 if case == "in the middle" else 2
+
+    def once(folder, dead=None, ckpt_path=None):
+        changes = {"target_kl": 1e-9} if case == "updates that end early" else {}
+        ppo = make(reward=dead or letters, gold=None, ppo_epochs=1, **changes)
+        if dead is not None:
+            dead.ppo = ppo
+        fit = trainer(
+            max_epochs=3, check_val_every_n_epoch=2 if case == "missed" else 1, logger=CSVLogger(save_dir=folder),
+            callbacks=[KEEPERS[keeper](folder), Samples(every_n_iterations=1)], default_root_dir=folder,
+            enable_checkpointing=True,
+        )  # fmt: skip
+        fit.fit(ppo, datamodule=Prompts(validation=True), ckpt_path=ckpt_path)
+        return ppo
+
+    whole = once(tmp_path / "whole")
+    folder, path = tmp_path / "cut", None
+    for _ in range(2):  # it may be gone for longer
+        with pytest.raises(type(error)) as caught:
+            once(folder, Dead(number, error), path)
+        said = "".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+        assert ("validation: gone" if isinstance(error, UserError) else "mistake") in said
+        assert "is of this moment" in said
+        path = folder / "checkpoints/last.ckpt"
+        assert torch.load(path, weights_only=True)["lit_rlhf"]["iteration"] == number
+    assert_same(whole, once(folder, None, path), tmp_path / "whole", folder)
+    if case in ("the last", "missed"):  # whose end the resume does by itself; a run's end has its checkpoint
+        assert torch.load(path, weights_only=True)["lit_rlhf"]["iteration"] == 3
 
 
 def test_a_left_out_batch_of_the_validation_moves_no_random_number(trainer):
@@ -170,7 +249,8 @@ def test_a_left_out_batch_of_the_validation_moves_no_random_number(trainer):
     samples = []
     for answer in (healthy, broken_first_batch):
         with Server(answer) as server:
-            watch = fit(trainer, tiny_ppo(reward=remote(server)), data=Prompts(validation=True), max_epochs=1)
+            ppo = tiny_ppo(reward=remote(server, on_failure="skip_batch"))
+            watch = fit(trainer, ppo, data=Prompts(validation=True), max_epochs=1)
         samples.append([row["completion"] for row in watch.samples if row["split"] == "validation"])
     assert samples[1] == samples[0][2:]
 
@@ -209,15 +289,49 @@ def test_another_way_to_fail_is_refused(kind):
         kind(**where, on_failure="ignore")
 
 
-def test_a_nan_of_a_users_own_reward_stops_with_a_checkpoint(tmp_path):
-    def own(prompts, completions, **columns):
-        return [float("nan")] * len(completions)
+class Spoiled:
+    """A function of the user's: NaN for the third completion of some calls, counted from 0."""
 
-    with pytest.raises(RewardFailure, match=r"reward 'own' returned nan for sample 0 \(prompt .*is of this moment"):
+    name = "own"
+
+    def __init__(self, *calls):
+        self.calls, self.count = calls, -1
+
+    def __call__(self, prompts, completions, **columns):
+        self.count += 1
+        scores = letters(prompts, completions)
+        return [*scores[:2], float("nan"), *scores[3:]] if self.count in self.calls else scores
+
+
+def test_a_batch_with_a_reward_that_is_not_finite_is_skipped_and_counted(tmp_path, caplog):
+    run(tmp_path / "own", fresh(Spoiled(1, 2)), **{**QUIET, "until": 2})
+    assert [float(row["rollout/skipped_batches"]) for row in written(tmp_path / "own")[0]] == [0, 2]
+    assert "(2 of at most 9 in a row): reward 'own' returned nan for sample 2 (prompt " in caplog.text
+    with Server(Failing(FAULTS["500"][0], 1, 2)) as server:
+        run(tmp_path / "remote", fresh(remote(server, on_failure="skip_batch")), **{**QUIET, "until": 2})
+    rows = [written(tmp_path / name)[0] for name in ("own", "remote")]
+    losses = [[(row["objective/scores"], row["loss/total"]) for row in found] for found in rows]
+    assert losses[0] == losses[1]  # nothing of the batch is learned
+
+
+def test_too_many_of_them_in_a_row_stop_with_the_last_good_checkpoint(tmp_path, whole):
+    spoiled = make(reward=Spoiled(1, *range(3, 99)), gold=None, ppo_epochs=1, max_skipped_steps=2)
+    message = r"iteration 3: reward 'own' returned nan for sample 2 \(prompt '.*completion .*\) \(2 batches in a row, "
+    with pytest.raises(RewardFailure, match=rf"{message}algorithm.max_skipped_steps=2\)\. .*is of this moment"):
+        run(tmp_path, spoiled, **QUIET)
+    stored = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["lit_rlhf"]
+    assert stored["iteration"] == 2
+    composite = CompositeReward(rewards={"mine": Spoiled(*range(99))}, weights={"mine": 1.0})
+    with pytest.raises(RewardFailure, match=r"nan .*\(10 batches in a row, algorithm.max_skipped_steps=10\)"):
+        run(tmp_path / "composite", fresh(composite), **QUIET)
+
+
+@pytest.mark.parametrize(("on_failure", "count"), [("stop", ""), ("skip_batch", r"\(5 batches in a row\)")])
+def test_a_reward_that_says_what_happens_when_it_fails_says_it_of_nan_too(tmp_path, on_failure, count):
+    own = Spoiled(*range(99))
+    own.on_failure = on_failure
+    with pytest.raises(RewardFailure, match=rf"returned nan for sample 2 \(prompt .*\) ?{count}\. .*is of this moment"):
         run(tmp_path, fresh(own), **QUIET)
-    own.on_failure = "skip_batch"  # whatever is called may say so
-    with pytest.raises(RewardFailure, match=r"5 batches in a row"):
-        run(tmp_path / "skip", fresh(own), **QUIET)
 
 
 def test_a_mistake_in_a_reward_names_the_sample_and_leaves_a_checkpoint(tmp_path):
