@@ -245,6 +245,32 @@ def agree(trainer: L.Trainer, value: T) -> T:
     return values[0]
 
 
+def first_decides(trainer: L.Trainer, decide: Callable[[], T]) -> T:
+    """What ``decide()`` says in the first process, in all of a trainer's; a UserError of its is raised in all."""
+    if trainer.world_size == 1:
+        return decide()
+    value = mistake = None
+    if trainer.is_global_zero:
+        try:
+            value = decide()
+        except UserError as error:
+            mistake = str(error)
+    value, mistake = agree(trainer, (value, mistake))
+    if mistake is not None:
+        raise UserError(mistake)
+    return value
+
+
+def require_everywhere(path: str | Path) -> None:
+    """Raises UserError, in every process, if one of them does not see the file or folder ``path``."""
+    own = None if Path(path).exists() else f"process {rank()} on {socket.gethostname()}"
+    if missing := [process for process in gather(own) if process]:
+        raise UserError(
+            f"the first process continues from the checkpoint {path}, which {', '.join(missing)} cannot see: a run on "
+            "several nodes resumes from a disk that all of them share, or from a copy at the same place on each"
+        )
+
+
 def run_in_processes(task: Callable[..., Any], count: int, *args: Any) -> None:
     """Runs ``task(*args)`` in ``count`` new processes of this machine, in which Lightning finds its rank.
 

@@ -4,6 +4,7 @@ import gc
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from lit_rlhf.checkpoint_io import require_undamaged
 from lit_rlhf.checks import check_text
 from lit_rlhf.config import differences, instantiate, instantiate_all, refuse_unknown, resolved
 from lit_rlhf.config_types import check_types
-from lit_rlhf.distributed import SHARDED_META, FSDP2Strategy, agree, processes_to_start, run_in_processes
+from lit_rlhf.distributed import (
+    SHARDED_META,
+    FSDP2Strategy,
+    agree,
+    first_decides,
+    processes_to_start,
+    require_everywhere,
+    run_in_processes,
+)
 from lit_rlhf.errors import UserError
 from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.machine import best_precision, keep_freed_memory, peak_memory_gb, reset_peak_memory
@@ -214,7 +223,10 @@ def _train(run: Run, config: DictConfig, start: float) -> None:
             lookup(config.optimized_metric)
         except UserError as error:
             log.warning("optimized_metric: %s", error)  # only a warning: a user's own algorithm may log it
-    checkpoint = find_checkpoint(config.ckpt_path, run)
+    # Each process would find its own: the folder can change meanwhile, and another node can have another disk.
+    checkpoint = first_decides(run.trainer, partial(find_checkpoint, config.ckpt_path, run))
+    if checkpoint is not None:
+        require_everywhere(checkpoint)
     continued = checkpoint is not None and Path(checkpoint).absolute().is_relative_to(run.folder)
     before = read_summary(run.folder) if continued else {}
     if first:

@@ -14,8 +14,9 @@ from tiny import LORA, Prompts, letters, tiny_policy
 from torch.utils.data import DataLoader
 
 from lit_rlhf.algorithms import DPO, DQN, GRPO, PPO, SFT, TRPO, OnlineDPO, RewardModel
+from lit_rlhf.callbacks.checkpoints import Checkpoints
 from lit_rlhf.clip import AdaptiveKLPenalty
-from lit_rlhf.distributed import FSDP2Strategy, rank, whole, world_size
+from lit_rlhf.distributed import FSDP2Strategy, first_decides, rank, require_everywhere, whole, world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.kl import AdaptiveKL
 from lit_rlhf.models.critic import SeparateCritic
@@ -105,7 +106,8 @@ RUNS = {
     ),
 }  # fmt: skip
 
-SHARDED = [name for name in RUNS if name not in ("trpo", "dqn")]
+#: By FSDP2; what has a path of its own through it.
+SHARDED = ["full", "lora", "separate", "spoiled", "grpo", "sft", "reward_model"]
 
 
 class FirstGradient(Watch):
@@ -156,8 +158,72 @@ def run(folder, name, *, model=None, strategy="auto", devices=1, saved=None, ckp
     torch.save(result, folder / f"{saved or name}.{rank()}.pt")
 
 
+class Faulty:
+    """Letters, but in the second process ``raises`` in a validation, or scores NaN in the second rollout."""
+
+    name = "letters"
+
+    def __init__(self, raises=None, on_failure=None, spoiled=False):
+        self.raises, self.spoiled, self.rollouts = raises, spoiled, 0
+        if on_failure:
+            self.on_failure = on_failure
+
+    def __call__(self, prompts, completions, **columns):
+        training = len(prompts) > 1  # each process has one prompt of a validation batch, and four of a rollout
+        self.rollouts += training
+        if rank() == 1 and not training and self.raises is not None:
+            raise self.raises
+        scores = letters(prompts, completions)
+        return [math.nan, *scores[1:]] if rank() == 1 and self.spoiled and self.rollouts == 2 else scores
+
+
+#: name -> a reward that fails in one of two processes
+FAULTY = {
+    "mistake": lambda: Faulty(KeyError("careless")),
+    "stop": lambda: Faulty(UserError("gone"), "stop"),
+    "skip_batch": lambda: Faulty(UserError("gone"), "skip_batch"),
+    "nan": lambda: Faulty(spoiled=True),
+}
+
+
+def run_faulty(folder, name):
+    """Leaves ``<name>.<rank>.pt``: the rows, and what ended the run."""
+    watch, said = Watch(), ""
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False, max_epochs=2,
+        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[watch, Checkpoints(dirpath=folder / name)],
+    )  # fmt: skip
+    try:
+        trainer.fit(ppo(reward=FAULTY[name](), gold=None), datamodule=Prompts(validation=True))
+    except (UserError, KeyError) as error:
+        said = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    torch.save({"rows": watch.rows, "said": said}, folder / f"faulty_{name}.{rank()}.pt")
+
+
+def decide_together(folder):
+    """What each process gets to know of a decision, a refusal and a file that only one of them has."""
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False,
+                        enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+
+    def refuse():
+        raise UserError(f"refused by {rank()}")
+
+    said = [first_decides(trainer, lambda: f"decided by {rank()}")]
+    for refused in (lambda: first_decides(trainer, refuse), lambda: require_everywhere(folder / f"only{rank()}")):
+        try:
+            (folder / "only0").touch()
+            refused()
+        except UserError as error:
+            said.append(str(error))
+    require_everywhere(folder)
+    torch.save(said, folder / f"decided.{rank()}.pt")
+
+
 def run_all(folder, model):
     """Everything that two processes do in the tests: starting them takes longer than the runs."""
+    decide_together(folder)
+    for name in FAULTY:
+        run_faulty(folder, name)
     for kind, strategy in (("ddp", lambda: "ddp"), ("fsdp2", FSDP2Strategy)):
         two = {"model": model, "devices": 2}
         for name in RUNS if kind == "ddp" else SHARDED:

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import pytest
 import torch
 from classifiers import save_classifier
 from command_line import TINY, environment, run_here
+from filelock import FileLock
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.testing import assert_close
@@ -30,12 +34,20 @@ COUNTS = ("policy/clipfrac", "value/clipfrac")  # a ratio on the edge falls to e
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All runs of two processes, and the same ones of one process."""
-    folder, model = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("model")
-    save_classifier(model)
-    run_in_processes(processes.run_all, 2, folder, model)
-    for name in processes.RUNS:
-        processes.run(folder, name, model=model)
+    """All runs of two processes, and the same ones of one process; made by the first worker of pytest that comes."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "two_processes"
+    with FileLock(shared / "two_processes.lock"):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            save_classifier(folder / "classifier")
+            run_in_processes(processes.run_all, 2, folder, folder / "classifier")
+            for name in processes.RUNS:
+                processes.run(folder, name, model=folder / "classifier")
+            (folder / "done").touch()
     return folder
 
 
@@ -97,8 +109,7 @@ def test_completions_of_one_process_may_take_more_steps_than_those_of_another(fo
 
 
 def test_a_run_with_a_target_kl_stops_its_updates_in_all_processes_at_once(folder):
-    for kind in KINDS:
-        assert [row["policy/early_stopped"] for row in result(folder, f"{kind}_stopped", 1)["rows"]] == [1.0, 1.0]
+    assert [row["policy/early_stopped"] for row in result(folder, "ddp_stopped", 1)["rows"]] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,6 +120,41 @@ def test_a_resume_in_two_processes_is_exact(folder, kind, name, resumed):
         assert all(torch.equal(x, cut["weights"][n]) for n, x in whole["weights"].items())
         assert cut["rows"][-1] == whole["rows"][-1]
         assert texts(cut) == texts(whole)[-len(cut["samples"]) :]
+
+
+@pytest.mark.parametrize("name", ["mistake", "stop"])
+def test_a_reward_that_fails_in_one_process_during_a_validation_ends_both(folder, name):
+    own, other = (result(folder, f"faulty_{name}", number)["said"] for number in (1, 0))
+    assert ("validation: gone" if name == "stop" else "careless") in own
+    assert ("validation: gone" if name == "stop" else "process 1: KeyError: 'careless'") in other
+    for said in (own, other):
+        assert f"The checkpoint {folder}/{name}/step=00000004-epoch=0000.ckpt is of this moment" in said
+
+
+def test_or_both_leave_the_batch_out(folder):
+    for name, metric, counts in (
+        ("skip_batch", "val/rollout/skipped_batches", [2, 2]), ("nan", "rollout/skipped_batches", [0, 1])
+    ):  # fmt: skip
+        first, second = (result(folder, f"faulty_{name}", number) for number in (0, 1))
+        assert (first["said"], second["said"]) == ("", "")
+        for run in (first, second):
+            assert [row[metric] for row in run["rows"]] == counts
+        assert [row["loss/total"] for row in first["rows"]] == [row["loss/total"] for row in second["rows"]]
+
+
+def test_the_first_process_decides_where_to_go_on_and_the_others_see_it_too(folder):
+    for said in (torch.load(folder / f"decided.{number}.pt", weights_only=True) for number in (0, 1)):
+        assert said[:2] == ["decided by 0", "refused by 0"]
+        assert re.search(r"process 1 on \S+ cannot see: a run on several nodes resumes from a disk that all", said[2])
+
+
+def test_a_run_asks_it_for_its_checkpoint(tmp_path, monkeypatch):
+    def decided(trainer, decide):
+        raise UserError(f"asked for {decide.func.__name__}")
+
+    monkeypatch.setattr("lit_rlhf.train.first_decides", decided)
+    with pytest.raises(UserError, match="asked for find_checkpoint"):
+        train(compose_stage([*TINY, "ckpt_path=auto", f"paths.output_dir={tmp_path}"]))
 
 
 def test_one_process_continues_what_two_began(folder):
@@ -155,7 +201,7 @@ def test_every_job_of_a_multirun_starts_processes_of_its_own(tmp_path):
 def test_a_mistake_in_one_process_ends_the_run_with_its_message(tmp_path):
     config = ["trainer=ddp", "trainer.devices=2", "reward._target_=processes.broken_in_the_second"]
     config += ["trainer.limit_val_batches=0"]  # which has no checkpoint to write
-    with pytest.raises(UserError, match=r"^planted in the second process\. The checkpoint .*step=0.* is of this"):
+    with pytest.raises(UserError, match=r"^iteration 1: planted in the second process\. The checkpoint .* is of this"):
         train(compose_stage([*TINY, *config, f"paths.output_dir={tmp_path}"]))
     assert read_summary(tmp_path)["status"] == "failed"
 
