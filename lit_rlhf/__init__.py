@@ -111,6 +111,7 @@ _HOME = {
     "EmptyRate": "evaluation",
     "PairAccuracy": "evaluation",
     "PassAtK": "evaluation",
+    "Perplexity": "evaluation",
     "RefusalRate": "evaluation",
     "SelfBLEU": "evaluation",
     "WinRate": "evaluation",

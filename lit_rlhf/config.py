@@ -27,6 +27,8 @@ from lit_rlhf.overrides import CHOSEN, as_written, drop_keys_of_others, part_of,
 from lit_rlhf.redact import redact_error, references_kept
 from lit_rlhf.sweep import Sweep
 
+#: Config keys that hold a reward.
+REWARDS = ("reward", "gold", "judge")
 _PACKAGE = Path(__file__).parent
 #: An installed wheel carries conf/ inside the package; a checkout has it beside the package.
 CONFIG_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -126,7 +128,7 @@ def instantiate(node: Any, key: str, **objects: Any) -> Any:
     plain = _plain(node)
     _require_targets(plain, key)
     try:
-        if key.split(".")[0] in ("reward", "gold"):
+        if key.split(".")[0] in REWARDS:
             node = _without_calls(plain, key)
         made = hydra.utils.instantiate(node, _convert_="all", **objects)
         if isinstance(made, functools.partial):
@@ -172,7 +174,7 @@ def _with_full_key(message: str, key: str, node: Any, report: str) -> str:
     >>> _with_full_key("prompts=[]: none", "data", {"prompts": []}, "")
     'data.prompts=[]: none'
     """
-    if key in ("reward", "gold"):
+    if key in REWARDS:
         inside = re.search(r"^full_key: (.+)$", report, flags=re.MULTILINE)
         place = f"{key}.{inside[1]}" if inside else key
         message = re.sub(r"\breward\.(?=\w)", lambda _: f"{place}.", message)

@@ -19,6 +19,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.metrics import lookup
 
 METRICS, SAMPLES, SUMMARY, CONFIG = "metrics.csv", "samples.jsonl", "summary.json", "config.yaml"
+EVALUATION = "evaluation.json"  # of `lit-rlhf eval`
 
 
 @contextmanager

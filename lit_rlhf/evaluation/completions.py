@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torchmetrics import MeanMetric
@@ -27,7 +28,13 @@ class _Share(MeanMetric):
 
 
 class EmptyRate(_Share):
-    """The share of completions without anything but white space."""
+    """The share of completions without anything but white space.
+
+    >>> metric = EmptyRate()
+    >>> metric.update(["A film.", " "])
+    >>> float(metric.compute())
+    0.5
+    """
 
     def counts(self, completion: str) -> bool:
         return not completion.strip()
@@ -38,10 +45,16 @@ class RefusalRate(_Share):
 
     Args:
         patterns: regular expressions, of which one is to match at the beginning; case does not matter.
+        **settings: of ``torchmetrics.Metric``.
+
+    >>> metric = RefusalRate()
+    >>> metric.update(["I'm sorry, but I cannot do that.", "Sure."])
+    >>> float(metric.compute())
+    0.5
     """
 
-    def __init__(self, patterns: Sequence[str] = REFUSALS) -> None:
-        super().__init__()
+    def __init__(self, patterns: Sequence[str] = REFUSALS, **settings: Any) -> None:
+        super().__init__(**settings)
         self._pattern = re.compile("|".join(f"(?:{pattern})" for pattern in patterns), re.IGNORECASE)
 
     def counts(self, completion: str) -> bool:

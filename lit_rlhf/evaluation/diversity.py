@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from sacrebleu.metrics import BLEU
@@ -20,9 +21,15 @@ class DistinctN(Metric):
 
     Args:
         n: words of an n-gram; words are what white space separates.
+        **settings: of ``torchmetrics.Metric``.
 
     Raises:
         UserError: ``n`` below 1.
+
+    >>> metric = DistinctN(1)
+    >>> metric.update(["good good film", "good film"])  # two words of five
+    >>> round(float(metric.compute()), 3)
+    0.4
     """
 
     full_state_update = False
@@ -30,8 +37,8 @@ class DistinctN(Metric):
     hashes: list[Tensor]
     total: Tensor
 
-    def __init__(self, n: int = 2) -> None:
-        super().__init__()
+    def __init__(self, n: int = 2, **settings: Any) -> None:
+        super().__init__(**settings)
         self.n = check_int("n", n, at_least=1)
         self.add_state("hashes", default=[], dist_reduce_fx="cat")
         self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
@@ -56,15 +63,21 @@ class SelfBLEU(TextMetric):
 
     Args:
         at_most: texts that are compared, evenly spaced among all: the time grows with their square.
+        **settings: of ``torchmetrics.Metric``.
 
     Raises:
         UserError: ``at_most`` below 2.
+
+    >>> metric = SelfBLEU()
+    >>> metric.update(["a fine film", "a fine film"])
+    >>> round(float(metric.compute()), 3)
+    1.0
     """
 
     higher_is_better = False
 
-    def __init__(self, at_most: int = 200) -> None:
-        super().__init__()
+    def __init__(self, at_most: int = 200, **settings: Any) -> None:
+        super().__init__(**settings)
         self.at_most = check_int("at_most", at_most, at_least=2)
 
     def compute(self) -> Tensor:

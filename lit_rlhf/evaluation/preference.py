@@ -1,6 +1,6 @@
 """Who is preferred: one policy to another, and the chosen text of a pair to the rejected one."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.statistics import Interval, bootstrap
 
+_EXACT = 1e-9  # of the regression's coefficients
 _RIDGE = 1e-2  # of the regression's coefficients: without it they grow for ever where one side always wins
 
 
@@ -32,50 +33,80 @@ class WinRate(Metric):
     The length-controlled rate (Dubois et al. 2024, arXiv:2404.04475) is sigmoid(a) of the logistic regression
     P(win) = sigmoid(a + b tanh(d / s)), d the difference in length and s its standard deviation: what is left of the
     preference at d = 0. Intervals are bootstrapped over prompts.
+
+    >>> metric = WinRate()
+    >>> metric.update(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0]), torch.tensor([9, 9]), torch.tensor([9, 9]))
+    >>> metric.compute().plain.value
+    0.75
     """
 
     full_state_update = False
     higher_is_better = True
     wins: list[Tensor]
     longer: list[Tensor]
+    prompts: list[Tensor]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("wins", default=[], dist_reduce_fx="cat")
-        self.add_state("longer", default=[], dist_reduce_fx="cat")
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for state in ("wins", "longer", "prompts"):
+            self.add_state(state, default=[], dist_reduce_fx="cat")
 
-    def update(self, scores: Tensor, other_scores: Tensor, lengths: Tensor, other_lengths: Tensor) -> None:
+    def update(
+        self,
+        scores: Tensor,
+        other_scores: Tensor,
+        lengths: Tensor,
+        other_lengths: Tensor,
+        prompts: Tensor | None = None,
+    ) -> None:
         """Scores (B,) and lengths (B,) of the policy's completions, and of the other's of the same prompts.
+
+        ``prompts`` (B,) are the prompts' numbers, at least 0 and the same in all processes, where there are several
+        completions of each; without them every row counts as a prompt of its own.
 
         Raises:
             UserError: the shapes differ, or a score is not finite.
         """
-        shapes = {tuple(x.shape) for x in (scores, other_scores, lengths, other_lengths)}
+        prompts = torch.full_like(lengths, -1) if prompts is None else prompts
+        shapes = {tuple(x.shape) for x in (scores, other_scores, lengths, other_lengths, prompts)}
         if len(shapes) != 1 or scores.ndim != 1:
             raise UserError(f"a win rate is of scores and lengths (B,), all of the same B, got {sorted(shapes)}")
         if not (scores.isfinite().all() and other_scores.isfinite().all()):
             raise UserError("a win rate is of finite scores")
         self.wins.append(((scores > other_scores).double() + (scores >= other_scores).double()) / 2)
         self.longer.append((lengths - other_lengths).double())
+        self.prompts.append(prompts.long())
 
     def compute(self) -> WinRates:
+        if not self.wins:
+            return WinRates(*[bootstrap(torch.zeros(0))] * 2)
         rows = torch.stack([dim_zero_cat(self.wins), dim_zero_cat(self.longer)], dim=1).cpu()
-        return WinRates(bootstrap(rows[:, 0]), bootstrap(rows, _length_controlled, resamples=500))
+        prompts = dim_zero_cat(self.prompts).cpu()
+        groups = torch.where(prompts < 0, -1 - torch.arange(len(prompts)), prompts)
+        return WinRates(
+            bootstrap(rows[:, 0], groups=groups), bootstrap(rows, _length_controlled, groups=groups, resamples=500)
+        )
 
 
-def _length_controlled(rows: Tensor) -> Tensor:
-    """sigmoid(a), by Newton's method on the regression of wins (N,) on lengths (N,), the columns of ``rows``."""
+def _length_controlled(rows: Tensor, weights: Tensor) -> Tensor:
+    """sigmoid(a), by Newton's method on the regression of wins on lengths, the columns of ``rows`` (N, 2)."""
     wins, longer = rows.unbind(1)
-    spread = longer.std(correction=0)
-    inputs = torch.stack([torch.ones_like(wins), torch.tanh(longer / spread) if spread else longer * 0], dim=1)
-    weights = torch.zeros(2, dtype=rows.dtype)
+    total = weights.sum(1, keepdim=True)
+    mean = weights @ longer[:, None] / total
+    spread = ((weights * (longer - mean).square()).sum(1, keepdim=True) / total).sqrt()
+    inputs = torch.tanh(longer / torch.where(spread > 0, spread, torch.inf))  # (R, N); without a spread b does nothing
+    inputs = torch.stack([torch.ones_like(inputs), inputs], dim=1)  # (R, 2, N)
+    found = torch.zeros(len(weights), 2, dtype=rows.dtype)
+    ridge = _RIDGE * torch.eye(2, dtype=rows.dtype)
     for _ in range(30):
-        shares = torch.sigmoid(inputs @ weights)
-        slope = inputs.T @ (shares - wins) + _RIDGE * weights
-        curve = (inputs * (shares * (1 - shares))[:, None]).T @ inputs + _RIDGE * torch.eye(2, dtype=rows.dtype)
+        shares = torch.sigmoid((found[:, :, None] * inputs).sum(1))
+        slope = (inputs * (weights * (shares - wins))[:, None]).sum(2) + _RIDGE * found
+        curve = (inputs * (weights * shares * (1 - shares))[:, None]) @ inputs.mT + ridge
         step = torch.linalg.solve(curve, slope)
-        weights = weights - step * min(1.0, float(2 / step.abs().max().clamp(min=1e-12)))  # else it can overshoot
-    return torch.sigmoid(weights[0])
+        if step.abs().max() < _EXACT:
+            break
+        found = found - step * (2 / step.abs().amax(1, keepdim=True).clamp(min=2))  # a longer one can overshoot
+    return torch.sigmoid(found[:, 0])
 
 
 class PairScores(NamedTuple):
@@ -97,14 +128,19 @@ class PairAccuracy(Metric):
 
     The expected calibration error (Guo et al. 2017, arXiv:1706.04599) is torchmetrics', of pairs in both orders: which
     text stands first says nothing.
+
+    >>> metric = PairAccuracy()
+    >>> metric.update(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))  # the first pair is right
+    >>> metric.compute().accuracy.value
+    0.5
     """
 
     full_state_update = False
     higher_is_better = True
     margins: list[Tensor]
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.add_state("margins", default=[], dist_reduce_fx="cat")
 
     def update(self, chosen: Tensor, rejected: Tensor) -> None:
@@ -114,6 +150,8 @@ class PairAccuracy(Metric):
         self.margins.append((chosen - rejected).double())
 
     def compute(self) -> PairScores:
+        if not self.margins:
+            return PairScores(bootstrap(torch.zeros(0)), float("nan"), float("nan"))
         margins = dim_zero_cat(self.margins).cpu()
         both = torch.sigmoid(torch.cat([margins, -margins]))
         labels = torch.cat([torch.ones_like(margins), torch.zeros_like(margins)]).long()

@@ -1,7 +1,7 @@
 """Intervals of means by resampling, and the state that metrics of texts keep."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 RESAMPLES = 2000
+_AT_ONCE = 2**22  # weights of rows in samples that are held in memory
 
 
 class Interval(NamedTuple):
@@ -19,10 +20,20 @@ class Interval(NamedTuple):
     high: float
 
 
+Estimate = Callable[[Tensor, Tensor], Tensor]
+"""Rows (N, ...) and their weights in R samples (R, N) to the samples' estimates (R,)."""
+
+
+def weighted_mean(rows: Tensor, weights: Tensor) -> Tensor:
+    """The mean of scalar rows (N,) in each sample."""
+    return (weights @ rows) / weights.sum(1)
+
+
 def bootstrap(
     rows: Tensor,
-    estimate: Callable[[Tensor], Tensor] = lambda sample: sample.mean(-1),
+    estimate: Estimate = weighted_mean,
     *,
+    groups: Tensor | None = None,
     level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -33,20 +44,29 @@ def bootstrap(
     say: of a single row, and of rows that are all alike, both ends are the value.
 
     Args:
-        estimate: of samples (R, N) of scalar rows, or of one sample (N, ...) at a time; (R,) or a scalar.
+        estimate: see ``Estimate``; a row that was drawn twice has the weight 2.
+        groups: (N,) numbers; rows with the same one, say several completions of a prompt, are drawn together, because
+            they are alike (the cluster bootstrap).
         level: share of the intervals that hold the true value, asymptotically.
+
+    >>> bootstrap(torch.tensor([1.0, 1.0, 1.0]))
+    Interval(value=1.0, low=1.0, high=1.0)
     """
     if not len(rows):
         return Interval(float("nan"), float("nan"), float("nan"))
     rows = rows.double()
-    drawn = torch.randint(len(rows), (resamples, len(rows)), generator=torch.Generator().manual_seed(seed))
-    if rows.ndim == 1:
-        found, value = estimate(rows[drawn]), estimate(rows[None])[0]
-    else:
-        found, value = torch.stack([estimate(rows[numbers]) for numbers in drawn]), estimate(rows)
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=found.dtype)
-    low, high = torch.quantile(found, ends).tolist()
-    return Interval(float(value), low, high)
+    if groups is None:
+        groups = torch.arange(len(rows))
+    distinct, member = groups.unique(return_inverse=True)
+    count, generator, found = len(distinct), torch.Generator().manual_seed(seed), []
+    for start in range(0, resamples, step := max(1, _AT_ONCE // len(rows))):
+        drawn = torch.randint(count, (min(step, resamples - start), count), generator=generator)
+        times = torch.zeros(len(drawn), count, dtype=rows.dtype)
+        times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=rows.dtype))
+        found.append(estimate(rows, times[:, member]))
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=rows.dtype)
+    low, high = torch.quantile(torch.cat(found), ends).tolist()
+    return Interval(float(estimate(rows, torch.ones(1, len(rows), dtype=rows.dtype))), low, high)
 
 
 class TextMetric(Metric):
@@ -56,8 +76,8 @@ class TextMetric(Metric):
     bytes_: list[Tensor]
     sizes: list[Tensor]
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.add_state("bytes_", default=[], dist_reduce_fx="cat")
         self.add_state("sizes", default=[], dist_reduce_fx="cat")
 

@@ -1,6 +1,7 @@
 """Whether any of several tries is right."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,15 @@ class PassAtK(Metric):
 
     Args:
         k: completions of which one is to be right.
+        **settings: of ``torchmetrics.Metric``.
 
     Raises:
         UserError: ``k`` below 1; updated, fewer than k completions of a prompt.
+
+    >>> metric = PassAtK(2)
+    >>> metric.update(torch.tensor([[1, 0, 0], [0, 0, 0]]))  # of three tries of the first prompt one is right
+    >>> round(float(metric.compute()), 3)
+    0.333
     """
 
     full_state_update = False
@@ -27,22 +34,31 @@ class PassAtK(Metric):
     passed: Tensor
     count: Tensor
 
-    def __init__(self, k: int = 1) -> None:
-        super().__init__()
+    def __init__(self, k: int = 1, **settings: Any) -> None:
+        super().__init__(**settings)
         self.k = check_int("k", k, at_least=1)
         self.add_state("passed", default=torch.tensor(0.0, dtype=torch.double), dist_reduce_fx="sum")
         self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, correct: Tensor) -> None:
         """``correct`` (B, n): which of the n completions of each prompt are right."""
-        tries = correct.shape[1]
-        if tries < self.k:
-            raise UserError(f"pass@{self.k} needs at least {self.k} completions of each prompt, got {tries}")
-        ways = math.comb(tries, self.k)
-        right = correct.bool().sum(1).tolist()
-        self.passed += sum(1 - math.comb(tries - c, self.k) / ways for c in right)
-        self.count += len(correct)
+        passed = pass_at_k(correct, self.k)
+        self.passed += passed.sum()
+        self.count += len(passed)
 
     def compute(self) -> Tensor:
         """A probability, NaN without any prompt."""
         return self.passed / self.count if self.count else torch.tensor(float("nan"))
+
+
+def pass_at_k(correct: Tensor, k: int) -> Tensor:
+    """The same of every prompt by itself: ``correct`` (B, n) to (B,) in double precision.
+
+    Raises:
+        UserError: n is below k.
+    """
+    tries = correct.shape[1]
+    if tries < k:
+        raise UserError(f"pass@{k} needs at least {k} completions of each prompt, got {tries}")
+    ways = math.comb(tries, k)
+    return torch.tensor([1 - math.comb(tries - c, k) / ways for c in correct.bool().sum(1).tolist()]).double()

@@ -58,7 +58,7 @@ def test_a_run_is_compared_with_its_start_and_with_another_run_on_the_same_promp
             own = [row for row in rows if row["policy"] == name and f"{row['temperature']:g}" == key]
             mean = sum(row["score"] for row in own) / len(own)
             assert numbers["objective/scores"]["value"] == pytest.approx(mean)
-            assert ("objective/kl" in numbers) == (name == "policy")  # the others have nothing to be measured to
+            assert ("objective/kl" in numbers) == (name != "reference")  # to which it is measured
     sides = [[r["score"] for r in rows if (r["policy"], r["temperature"]) == (name, 1)] for name in ("policy", "two")]
     pairs = list(zip(*sides, strict=True))
     wins = sum((one > two) + 0.5 * (one == two) for one, two in pairs) / len(pairs)
@@ -82,7 +82,7 @@ def test_any_model_is_evaluated_on_chosen_data_and_rewards(here, monkeypatch):
         "policy=pretrained", "policy.path=one/model", "data=list", "data.prompts=[d,e,f]",
         "reward=function", f"reward.function={module}.ends_in_a_vowel", "reward@gold=function",
         f"gold.function={module}.even", "sampler=default", "sampler.max_new_tokens=6", "reference=two/model",
-        "samples_per_prompt=4",
+        "samples_per_prompt=4", "verifiers=[reward/ends_in_a_vowel]",
     )  # fmt: skip
     assert (found["prompts"], found["samples_per_prompt"]) == (3, 4)
     numbers = found["policies"]["policy"]["1"]
@@ -90,8 +90,8 @@ def test_any_model_is_evaluated_on_chosen_data_and_rewards(here, monkeypatch):
     assert [row["prompt"] for row in rows] == ["d", "e", "f"] * 4
     assert len({row["completion"] for row in rows}) > 4  # each time another completion
     right = [[rows[3 * again + prompt]["score"] for again in range(4)] for prompt in range(3)]
-    assert numbers["ends_in_a_vowel/pass@1"] == pytest.approx(sum(map(sum, right)) / 12)
-    assert numbers["ends_in_a_vowel/pass@4"] == pytest.approx(sum(map(max, right)) / 3)
+    assert numbers["reward/ends_in_a_vowel/pass@1"]["value"] == pytest.approx(sum(map(sum, right)) / 12)
+    assert numbers["reward/ends_in_a_vowel/pass@4"]["value"] == pytest.approx(sum(map(max, right)) / 3)
     assert numbers["objective/kl"]["value"] != 0
     assert set(found["win_rates"]["reference"]["1"]) == {"score", "gold/even"}
 
