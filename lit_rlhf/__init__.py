@@ -100,6 +100,7 @@ _HOME = {
     "Samples": "callbacks",
     "Checkpoints": "callbacks",
     "Distributions": "callbacks",
+    "Evaluation": "callbacks",
     "KLGuard": "callbacks",
     "Progress": "callbacks",
     "Sweep": "sweep",

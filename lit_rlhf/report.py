@@ -12,15 +12,16 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.report_charts import png
 from lit_rlhf.report_comparison import build_comparison, common_folder
 from lit_rlhf.report_comparison_data import is_multirun
+from lit_rlhf.report_evaluation import build_evaluation
 from lit_rlhf.report_section import STAGES, definition, is_run, load_runs, main_panels, make_section
 from lit_rlhf.report_text import render
-from lit_rlhf.run_folder import replace_file
+from lit_rlhf.run_folder import EVALUATION, replace_file
 
 REPORT, PICTURE = "report.html", "report.png"
 
 
 def build_report(path: Path) -> Path:
-    """Writes `<path>/report.html` for a run folder of any stage, a pipeline or a multirun folder; returns its path.
+    """Writes `<path>/report.html` for a run of any stage, a pipeline, a multirun or an evaluation; returns its path.
 
     Raises:
         UserError: the folder is none of these, or a file in it cannot be read.
@@ -28,6 +29,8 @@ def build_report(path: Path) -> Path:
     path = Path(path)
     if is_multirun(path):
         return build_comparison([path], path)
+    if (path / EVALUATION).is_file():
+        return build_evaluation(path)
     runs = load_runs(path)
     pipeline = runs[0].path != path
     usual = pipeline and all(run.path.name in STAGES for run in runs)
@@ -63,7 +66,7 @@ def picture(path: Path) -> Path:
     return path / PICTURE
 
 
-USAGE = "lit-rlhf report FOLDER [FOLDER ...]: a run, a pipeline or a multirun; several are compared on one page"
+USAGE = "lit-rlhf report FOLDER [FOLDER ...]: a run, pipeline, multirun or evaluation; several are compared on one page"
 
 
 @plain_command(USAGE)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MultipleLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -53,7 +53,7 @@ def build_evaluation(folder: Path) -> Path:
     found = _read(folder)
     columns = [Column(name, key) for name, by_key in found.get("policies", {}).items() for key in by_key]
     summaries = [found["policies"][column.policy][column.temperature] for column in columns]
-    metrics = list(dict.fromkeys(name for summary in summaries for name in summary))
+    metrics = _without_twins(dict.fromkeys(name for summary in summaries for name in summary))
     subject = found.get("subject", {})
     page = render(
         "report_evaluation.html.jinja",
@@ -62,6 +62,7 @@ def build_evaluation(folder: Path) -> Path:
         names={name: subject.get(name, "") for name in dict.fromkeys(column.policy for column in columns)},
         heads=[(policy, len(list(group))) for policy, group in groupby(column.policy for column in columns)],
         columns=columns,
+        firsts=[place for place, column in enumerate(columns) if place == 0 or columns[place - 1][0] != column.policy],
         rows=[_row(name, [summary.get(name) for summary in summaries]) for name in metrics],
         forest=_forest(found),
         differences=_differences(found),
@@ -102,6 +103,13 @@ def _facts(found: Mapping[str, Any]) -> list[str]:
     return facts
 
 
+def _without_twins(names: Iterable[str]) -> list[str]:
+    """Without the only component of a reward, which is the reward."""
+    names = list(names)
+    components = [name for name in names if name.startswith("reward/") and "/pass@" not in name]
+    return [name for name in names if name not in components or len(components) > 1]
+
+
 def _row(name: str, cells: Sequence[Any]) -> dict[str, Any]:
     base, at, k = name.partition("/pass@")
     title = _TITLES.get(name) or (f"{base} right in {k} tr{'y' if k == '1' else 'ies'}" if at else name)
@@ -114,10 +122,14 @@ def _differences(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each other policy the table of how much more the policy has of everything, by temperature."""
     tables = []
     for other, by_key in found.get("differences", {}).items():
-        names = list(dict.fromkeys(name for row in by_key.values() for name in row))
+        names = _without_twins(dict.fromkeys(name for row in by_key.values() for name in row))
         rows = [_row(name, [row.get(name) for row in by_key.values()]) for name in names]
-        tables.append({"other": other, "temperatures": list(by_key), "rows": rows})
+        tables.append({"other": _the(other), "temperatures": list(by_key), "rows": rows})
     return tables
+
+
+def _the(other: str) -> str:
+    return "the reference" if other == "reference" else other
 
 
 def _texts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -138,9 +150,8 @@ def _forest(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             for key, judges in by_key.items()
             if (rates := judges.get(judge))
         ]
-        table = [{"title": title, "rates": rates} for title, rates in rows]
         label = "; ".join(f"{title}: {number(rates['plain']['value'])}" for title, rates in rows)
-        pictures.append({"other": other, "rows": table, "svg": win_rate_chart(rows, label=label)})
+        pictures.append({"other": _the(other), "svg": win_rate_chart(rows, label=label)})
     return pictures
 
 
@@ -152,11 +163,12 @@ def win_rate_chart(rows: Sequence[tuple[str, Mapping[str, Any]]], *, label: str)
         label: the text for screen readers.
     """
     with matplotlib.rc_context(style(SVG, 8) | {"ytick.labelcolor": SVG["ink"]}):
-        high = 0.45 + 0.34 * len(rows)
-        figure = Figure(figsize=(7.2, high))
+        high, wide = 0.45 + 0.34 * len(rows), 7.2
+        figure = Figure(figsize=(wide, high))
         titles = [title if len(title) <= 44 else title[:43] + "…" for title, _ in rows]
         left = 0.15 + 0.062 * max(map(len, titles), default=0)
-        axes = figure.add_axes((left / 7.2, 0.36 / high, (7.1 - left) / 7.2, (high - 0.44) / high))
+        right = 1.25  # for the numbers
+        axes = figure.add_axes((left / wide, 0.36 / high, (wide - left - right) / wide, (high - 0.44) / high))
         axes.axvline(0.5, color=SVG["ink"], linewidth=0.8, alpha=0.6)
         for place, (_, rates) in enumerate(rows):
             for kind, (shift, role, face) in _DOTS.items():
@@ -164,8 +176,11 @@ def win_rate_chart(rows: Sequence[tuple[str, Mapping[str, Any]]], *, label: str)
                 y, colour = place + shift, SVG[role]
                 axes.plot([rate["low"], rate["high"]], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
                 axes.plot(rate["value"], y, "o", color=colour, markersize=4.6, markerfacecolor=face or colour)
+                value, low, end = (f"{100 * rate[key]:.0f}" for key in ("value", "low", "high"))
+                beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
+                axes.annotate(f"{value} % ({low} to {end})", (1.015, y), color=colour, **beside)
         axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=titles)
-        axes.xaxis.set_major_locator(MaxNLocator(10))
+        axes.xaxis.set_major_locator(MultipleLocator(0.25))
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         axes.grid(axis="x")
         return as_svg(figure, label)

@@ -1,6 +1,10 @@
 """Completions of policies side by side, on the same prompts and random numbers: ``lit-rlhf sample``."""
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig
@@ -8,43 +12,168 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_rlhf.checks import check_bool, check_int, check_text
 from lit_rlhf.config import command, instantiate, refuse_unknown
+from lit_rlhf.data.prompts import prompt_problem
+from lit_rlhf.data.text_files import opened, read_jsonl
 from lit_rlhf.data.tokenize import tokenize_prompts
 from lit_rlhf.errors import UserError, printable
+from lit_rlhf.evaluation.policies import load_policy
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.rewards.scoring import Reward, freeze, score
 from lit_rlhf.rollout.sampler import Sampler
+from lit_rlhf.run_folder import finite, writing
+
+Row = dict[str, Any]
+_KEYS = [
+    "task_name", "seed", "policies", "prompts", "chat", "samples_per_prompt", "output", "sampler", "reward", "paths",
+]  # fmt: skip
 
 
-def complete(policy: Policy, prompts: Sequence[str], sampler: Sampler, seed: int) -> list[str]:
-    """One completion per prompt. Prompt i is episode i of ``seed``, for every policy alike."""
+def complete(
+    policy: Policy, prompts: Sequence[Any], sampler: Sampler, seed: int, episodes: Sequence[int] | None = None
+) -> list[str]:
+    """One completion per prompt, a text or a chat. Prompt i is episode i of ``seed``, for every policy alike."""
     policy.eval()
     batch = tokenize_prompts(
         [{"prompt": prompt} for prompt in prompts],
         policy.tokenizer,
-        episodes=torch.arange(len(prompts)),
+        episodes=torch.arange(len(prompts)) if episodes is None else torch.tensor(episodes),
         max_new_tokens=sampler.max_new_tokens,
         context_length=policy.context_length,
     )
+    device = next(policy.parameters()).device
     rollout = sampler.generate(
-        policy.decoder(), batch, seed=seed, stop_ids=policy.stop_ids, pad_id=policy.tokenizer.pad_token_id
+        policy.decoder(), batch.to(device), seed=seed, stop_ids=policy.stop_ids, pad_id=policy.tokenizer.pad_token_id
     )
     kept = [ids[mask] for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
     return policy.tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 
+def side_by_side(
+    policies: dict[str, Policy],
+    prompts: Sequence[str],
+    sampler: Sampler,
+    *,
+    seed: int = 0,
+    first: int = 0,
+    samples: int = 1,
+    chat: bool = False,
+    reward: Reward | None = None,
+) -> list[Row]:
+    """For every prompt and sample a dict: ``prompt``, and by policy ``completions`` and, with a reward, ``scores``.
+
+    Sample j of prompt i is episode (``first`` + i) * ``samples`` + j, whatever else is asked in the same call.
+    """
+    asked = [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts for _ in range(samples)]
+    episodes = [first * samples + number for number in range(len(asked))]
+    rows = [{"prompt": prompt, "completions": {}} for prompt in prompts for _ in range(samples)]
+    for name, policy in policies.items():
+        texts = complete(policy, asked, sampler, seed, episodes)
+        scores = None if reward is None else score(reward, asked, texts, {}).total.tolist()
+        for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            row["completions"][name] = text
+            if scores is not None:
+                row.setdefault("scores", {})[name] = scores[number]
+    return rows
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """A line for every prompt, a column for every policy."""
+    table = Table("prompt", *map(printable, rows[0]["completions"]), show_lines=True)
+    for row in rows:
+        cells = [Text(printable(row["prompt"]))]  # Text: completions may hold rich's markup
+        for name, text in row["completions"].items():
+            cell = Text(printable(text))
+            if "scores" in row:
+                cell.append(f"\n{row['scores'][name]:.3f}", style="dim")
+            cells.append(cell)
+        table.add_row(*cells)
+    console.print(table)
+
+
+def read_prompts(prompts: Any) -> list[str]:
+    """The prompts that are named: a list of texts, or those of a file, a line each or the key ``prompt`` in JSON Lines.
+
+    Raises:
+        UserError: there are none, or one is no text.
+    """
+    if isinstance(prompts, ListConfig):
+        found = [str(prompt) for prompt in prompts]
+    else:
+        path = Path(check_text("prompts", prompts))
+        with opened(path, "prompts", "text") as stream:
+            if path.suffix == ".jsonl":
+                lines = list(read_jsonl(stream))
+                if bad := [line for line in lines if line.row is None]:
+                    raise UserError(f"prompts: {path}, line {bad[0].number} {bad[0].problem}")
+                found = [line.row.get("prompt") for line in lines]
+            else:
+                try:
+                    found = [line for line in stream.read().decode("utf-8").splitlines() if line.strip()]
+                except UnicodeDecodeError as error:
+                    raise UserError(f"prompts: {path} is not UTF-8: {error}") from None
+    if not found:
+        raise UserError(f"prompts={prompts} must be a list of at least one, such as prompts='[one, two]', or a file")
+    for number, prompt in enumerate(found):
+        if problem := prompt_problem(prompt) if isinstance(prompt, str) else f"is no text: {prompt!r:.80}":
+            raise UserError(f"prompts: number {number + 1} {problem}")
+    return found
+
+
+def typed() -> Iterator[str]:
+    """Prompts from the terminal, or from what is piped in, until an empty line."""
+    while True:
+        if sys.stdin.isatty():
+            print("prompt> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line.strip():
+            return
+        yield line.rstrip("\r\n")
+
+
 @command("sample")
 def main(config: DictConfig) -> None:
-    refuse_unknown(config, {"task_name", "seed", "policies", "prompts", "sampler", "paths"})
-    for key in ("policies", "prompts"):
-        if not isinstance(config[key], ListConfig) or not config[key]:
-            raise UserError(f"{key}={config[key]} must be a list of at least one, such as {key}='[one, two]'")
-    names, prompts = list(map(str, config.policies)), list(map(str, config.prompts))
+    refuse_unknown(config, _KEYS)
+    if not isinstance(config.policies, ListConfig) or not config.policies:
+        raise UserError(f"policies={config.policies} must be a list of at least one, such as policies='[one, two]'")
+    names = list(map(str, config.policies))
+    if len(set(names)) < len(names):
+        raise UserError(f"policies={names} names one twice")
+    settings = {
+        "seed": check_int("seed", config.seed, at_least=0),
+        "samples": check_int("samples_per_prompt", config.samples_per_prompt, at_least=1),
+        "chat": check_bool("chat", config.chat),
+    }
+    asked = None if config.prompts is None else read_prompts(config.prompts)
     sampler = instantiate(config.sampler, "sampler")
-    columns = [complete(Policy.from_pretrained(path=name), prompts, sampler, config.seed) for name in names]
-    table = Table("prompt", *names, show_lines=True)
-    for row in zip(prompts, *columns, strict=True):
-        table.add_row(*(Text(printable(text)) for text in row))  # Text: completions may hold rich's markup
-    Console().print(table)
+    reward = instantiate(config.get("reward"), "reward")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    freeze(reward, device)
+    policies = {name: load_policy(name).to(device) for name in names}
+    console = Console()
+    if asked is not None:
+        rows = side_by_side(policies, asked, sampler, reward=reward, **settings)
+        show(rows, console)
+        save(config.output, rows)
+        return
+    for number, prompt in enumerate(typed()):
+        try:
+            rows = side_by_side(policies, [prompt], sampler, first=number, reward=reward, **settings)
+        except UserError as error:  # of this prompt: it is too long, say
+            console.print(Text(printable(str(error)), style="red"))
+            continue
+        show(rows, console)
+        save(config.output, rows)
+
+
+def save(path: str | None, rows: Sequence[Row]) -> None:
+    """Appends rows to a file of JSON Lines, if there is one."""
+    if path is None:
+        return
+    with writing(Path(path)), open(path, "a", encoding="utf-8", errors="replace", newline="") as file:
+        for row in rows:
+            file.write(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ class HeldOut:
             described = describe(judged, algorithm.kl.at(algorithm.progress), charged=algorithm.kl_in_reward)
             metrics |= {f"val/{name}": value for name, value in described.items() if not name.endswith("kl_coef")}
             samples = sample_rows(judged, iteration, "validation")
+            algorithm.call_hook("on_validated", samples, metrics)
         if fitting:
             algorithm.pending.update(metrics)
             algorithm.samples += samples

@@ -17,7 +17,7 @@ from lit_rlhf.evaluation.summary import Rows, summarize, verified
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, make_reference, require_same_reference
 from lit_rlhf.rewards.scoring import score
-from lit_rlhf.train import Run, build, resolve_precision
+from lit_rlhf.train import Run, build, read_checkpoint, resolve_precision
 
 #: Names of the policy and of what it is compared with, in tables and files; others go by what they were given as.
 POLICY, REFERENCE = "policy", "reference"
@@ -69,6 +69,10 @@ def contestants(config: DictConfig, subject: Subject, bench: "Bench") -> Iterato
     if not bench.needs_policies:
         return
     policy = bench.first_policy()
+    stored = None
+    if subject.checkpoint is not None:
+        stored = read_checkpoint(subject.checkpoint)
+        bench.restore(stored["lit_rlhf"])  # before anybody is measured
     if config.reference is not None:
         reference = load_policy(str(config.reference))
         bench.measured_to(reference)
@@ -78,8 +82,8 @@ def contestants(config: DictConfig, subject: Subject, bench: "Bench") -> Iterato
         bench.measured_to(policy)
         if subject.checkpoint is not None:
             yield REFERENCE, policy
-    if subject.checkpoint is not None:
-        bench.restore(load_weights(policy, subject.checkpoint))
+    if stored is not None:
+        load_weights(policy, subject.checkpoint, stored)
     yield POLICY, policy
     for other in map(str, config.against):
         yield other, load_policy(other)

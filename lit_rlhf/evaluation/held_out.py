@@ -41,7 +41,7 @@ def documents(node: Any) -> list[tuple[Any, str]]:
                 text = stream.read().decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"text: {file} is not UTF-8: {error}") from None
-        found += [(None, part) for part in re.split(r"(?:\r?\n[ \t]*){2,}", text) if part.strip()]
+        found += [(None, part.strip("\r\n")) for part in re.split(r"(?:\r?\n[ \t]*){2,}", text) if part.strip()]
     if not found:
         raise UserError(f"text={node} holds nothing but blank lines")
     return found

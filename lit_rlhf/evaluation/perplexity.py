@@ -87,9 +87,6 @@ class Perplexity(Metric):
             state.append(values.double())
 
     def compute(self) -> Perplexities:
-        if not self.nats:
-            nothing = bootstrap(torch.zeros(0))
-            return Perplexities(nothing, nothing, 0, 0)
         rows = torch.stack([dim_zero_cat(state).cpu() for state in (self.nats, self.tokens, self.sizes)], dim=1)
         return Perplexities(
             bootstrap(rows, lambda rows, weights: ((weights @ rows[:, 0]) / (weights @ rows[:, 1])).exp()),

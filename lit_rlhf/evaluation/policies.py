@@ -42,33 +42,33 @@ def exported(name: str) -> Path | str:
 
 
 def _of_checkpoint(path: Path) -> Policy:
-    config = read_checkpoint(path)["config"]
+    stored = read_checkpoint(path)
+    config = stored["config"]
     if not config or not config.get("policy"):
         raise UserError(f"{path} holds no policy of a run: its config names none")
     policy = instantiate(OmegaConf.create(config["policy"]), "policy")
-    load_weights(policy, path)
+    load_weights(policy, path, stored)
     return policy
 
 
-def load_weights(policy: Policy, path: Path) -> dict[str, Any]:
-    """Gives a policy the weights that a checkpoint of its run holds; returns the run's other state.
+def load_weights(policy: Policy, path: Path, stored: dict[str, Any]) -> None:
+    """Gives a policy the weights that a checkpoint of its run holds; ``stored`` is what ``read_checkpoint`` says of it.
 
     Raises:
         UserError: they are not those of this policy, or it would be another one without what else was trained.
     """
-    stored = read_checkpoint(path)
     with whole_checkpoint(path) as file:
         weights = stored["state_dict"] if file == path else _read(file)
         own = {name.removeprefix("policy."): x for name, x in weights.items() if name.startswith("policy.")}
-        trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
-        if wrong := trained ^ own.keys():
+        sizes = {name: x.shape for name, x in policy.named_parameters() if x.requires_grad}
+        if wrong := {name for name in sizes.keys() | own.keys()
+                     if name not in own or sizes.get(name) != own[name].shape}:  # fmt: skip
             raise UserError(
                 f"{path} belongs to another policy: {len(wrong)} trained weights differ, e.g. '{min(wrong)}'"
             )
         if any(name.startswith("q_heads.") for name in weights):
             raise UserError(f"{path}: its policy decodes with Q heads; name its run folder, whose model has them")
         policy.load_state_dict(own, strict=False)
-    return stored["lit_rlhf"]
 
 
 def _read(file: Path) -> dict[str, Any]:

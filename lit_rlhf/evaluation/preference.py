@@ -78,8 +78,6 @@ class WinRate(Metric):
         self.prompts.append(prompts.long())
 
     def compute(self) -> WinRates:
-        if not self.wins:
-            return WinRates(*[bootstrap(torch.zeros(0))] * 2)
         rows = torch.stack([dim_zero_cat(self.wins), dim_zero_cat(self.longer)], dim=1).cpu()
         prompts = dim_zero_cat(self.prompts).cpu()
         groups = torch.where(prompts < 0, -1 - torch.arange(len(prompts)), prompts)
@@ -150,8 +148,6 @@ class PairAccuracy(Metric):
         self.margins.append((chosen - rejected).double())
 
     def compute(self) -> PairScores:
-        if not self.margins:
-            return PairScores(bootstrap(torch.zeros(0)), float("nan"), float("nan"))
         margins = dim_zero_cat(self.margins).cpu()
         both = torch.sigmoid(torch.cat([margins, -margins]))
         labels = torch.cat([torch.ones_like(margins), torch.zeros_like(margins)]).long()

@@ -2,10 +2,20 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from command_line import TINY, run_here, write_module
+from tiny import tiny_policy
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.evaluation.policies import load_weights
+from lit_rlhf.evaluation.summary import verified, win_rates
+from lit_rlhf.report import build_report
+from lit_rlhf.report_text import number
+from lit_rlhf.rewards import CompositeReward, KeywordReward, VerifierReward
+from lit_rlhf.train import read_checkpoint
 
 MODULE = """
 import zlib
@@ -132,3 +142,214 @@ def test_another_policy_is_not_measured_to_itself_and_limits_of_the_run_do_not_c
     config.write_text(config.read_text().replace("limit_val_batches: 1.0", "limit_val_batches: 0"))
     found, _ = evaluation("run=limited", "policy=pretrained", "policy.path=two/model")
     assert "objective/kl" not in found["policies"]["policy"]["1"]
+
+
+# ---- what makes policies comparable ---------------------------------------------------------------------------------
+
+COUNTED = """
+class Counted:
+    made = 0
+
+    def __init__(self):
+        Counted.made += 1
+        self.level = 0.0
+
+    def __call__(self, prompts, completions, **columns):
+        return [len(text) + self.level for text in completions]
+
+    def learn_from(self, scores):
+        self.level += 10.0
+
+    def state_dict(self):
+        return {"level": self.level}
+
+    def load_state_dict(self, state):
+        self.level = state["level"]
+"""
+
+
+def test_all_are_scored_by_the_reward_as_the_run_left_it_which_is_made_once(here, monkeypatch):
+    write_module(here, "counted", COUNTED)
+    monkeypatch.syspath_prepend(here)
+    assert run_here("train", *TINY, "reward._target_=counted.Counted", "paths.output_dir=learned").code == 0
+    import counted
+
+    counted.Counted.made = 0
+    evaluation("run=learned", "against=[two]")
+    assert counted.Counted.made == 1
+    for row in samples():
+        assert row["score"] == pytest.approx(len(row["completion"]) + 10)  # an iteration was learned from
+    evaluation("run=learned", "checkpoint=null")
+    assert {row["score"] - len(row["completion"]) for row in samples()} == {0}
+    found, _ = evaluation("run=learned", "reward=length")  # another reward is not given what that one had learned
+    assert list(found["policies"]) == ["policy", "reference"]
+    assert not Path("out/metrics.csv").exists()
+
+
+def test_intervals_of_win_rates_are_over_prompts_not_completions():
+    """Of 20 prompts half are always won: 8 completions of each say no more than one."""
+    rows = [[{"prompt": str(p), "completion": "", "score": s * (p % 2), "components": {}, "gold": {}, "length": 1}
+             for _ in range(8) for p in range(20)] for s in (1.0, -1.0)]  # fmt: skip
+    for row in rows[0]:
+        row["score"] = 1.0 if int(row["prompt"]) % 2 else -2.0
+    many = win_rates(*rows, samples=8)["score"]["plain"]
+    one = win_rates(rows[0][:20], rows[1][:20], samples=1)["score"]["plain"]
+    assert many == pytest.approx(one)
+    assert many["high"] - many["low"] > 0.3
+    assert win_rates(*rows, samples=8)["score"]["length_controlled"]["high"] > 0.65
+
+
+def test_only_what_verifies_has_a_pass_at_k(here):
+    found, _ = evaluation(
+        "policy=pretrained", "policy.path=one/model", "data=list", "data.prompts=[d,e]",
+        "data.columns={answer: [1, 2]}", "samples_per_prompt=3", "reward=verifier", "reward@gold=keyword",
+        "gold.keywords=[zzz]", "sampler=default", "sampler.max_new_tokens=4",
+    )  # fmt: skip
+    numbers = found["policies"]["policy"]["1"]
+    assert numbers["gold/keyword"]["value"] == 0
+    assert [name for name in numbers if "pass@" in name] == [f"reward/verifier/pass@{k}" for k in (1, 2, 3)]
+    result = run_here("eval", "run=one", "verifiers=[reward/other]", "paths.output_dir=refused")
+    assert "there is no component reward/other; they are reward/length" in result.err
+
+
+def test_verifiers_are_found_within_groups():
+    verifier, length = VerifierReward(), KeywordReward(keywords=["a"])
+    inner = CompositeReward(rewards={"exact": verifier, "word": length}, weights={"exact": 1, "word": 1})
+    outer = CompositeReward(rewards={"inner": inner, "sum": verifier}, weights={"inner": 1, "sum": 1})
+    names = verified(outer, "gold")
+    assert names == ["gold/inner/exact", "gold/sum"]
+    components = outer(["p"], ["1"], answer=[1])
+    assert {name.removeprefix("gold/") for name in names} <= set(components)
+
+
+# ---- what can be named ----------------------------------------------------------------------------------------------
+
+
+def test_a_policy_is_named_by_a_run_a_checkpoint_or_a_model(here):
+    checkpoint = next(Path("one/checkpoints").glob("step=*.ckpt"))
+    shutil.copy(checkpoint, "moved.ckpt")
+    chosen = ["data=list", "data.prompts=[A film that,The plot]", "reward=length", "sampler=default"]
+    chosen.append("sampler.max_new_tokens=4")
+    by_run, _ = evaluation("policy=one")
+    completions = [row["completion"] for row in samples()]
+    assert evaluation("policy=moved.ckpt")[0]["policies"] == by_run["policies"]
+    assert evaluation("run=one", "checkpoint=moved.ckpt")[0]["policies"] == by_run["policies"]
+    model, _ = evaluation("policy=one/model", *chosen, "against=[moved.ckpt]")
+    rows = samples()
+    assert [row["completion"] for row in rows if row["policy"] == "policy"] == completions[:2]
+    assert [row["completion"] for row in rows if row["policy"] == "moved.ckpt"] == completions[:2]
+    assert "objective/kl" not in model["policies"]["policy"]["1"]
+
+
+def test_the_kl_is_measured_to_the_reference_that_is_named(here):
+    to_run, _ = evaluation("run=one", "reference=two")
+    to_model, _ = evaluation("run=one", "reference=two/model")
+    assert to_run["policies"] == to_model["policies"]
+    assert to_run["policies"]["policy"]["1"]["objective/kl"]["value"] != 0
+    itself, _ = evaluation("run=one", "reference=one")
+    assert itself["policies"]["policy"]["1"]["objective/kl"]["value"] == pytest.approx(0, abs=1e-6)
+
+
+LONGER = """
+def longer(prompts, completions, reference, **columns):
+    return [0.5 + 0.5 * ((len(a) > len(b)) - (len(a) < len(b))) for a, b in zip(completions, reference)]
+
+def letters(prompts, completions, **columns):
+    return [len(text) for text in completions]
+"""
+
+
+def test_texts_pairs_and_a_judge_are_measured_in_one_go(here):
+    Path("held.txt").write_text("hello there\n\na film\n")
+    Path("pairs.jsonl").write_text('{"chosen": "aaaa", "rejected": "a"}\n{"chosen": "b", "rejected": "bbbb"}\n'
+                                   '{"chosen": "cc", "rejected": "c"}\n')  # fmt: skip
+    write_module(here, "longer", LONGER)
+    sys.path.insert(0, str(here))
+    try:
+        found, out = evaluation(
+            "run=one", "text=held.txt", "data@pairs=jsonl", "pairs.path=pairs.jsonl", "pairs.prompt_column=null",
+            "reward@judge=function", "judge.function=longer.longer", "reward@gold=function",
+            "gold.function=longer.letters",
+        )  # fmt: skip
+    finally:
+        sys.path.remove(str(here))
+    assert found["pairs"]["gold/letters"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert found["pairs"]["gold/letters"]["pairs"] == 3
+    texts = found["perplexity"]
+    assert list(texts) == ["policy", "reference"]
+    assert texts["policy"]["documents"] == 2
+    assert texts["policy"]["tokens"] == len("hello there") + len("a film")  # bytes without the first, with the end
+    assert texts["policy"]["perplexity"]["value"] != texts["reference"]["perplexity"]["value"]
+    rows = samples()
+    pairs = list(zip(rows[:2], rows[2:], strict=True))
+    lengths = [(len(a["completion"]), len(b["completion"])) for a, b in pairs]
+    wins = sum((a > b) + 0.5 * (a == b) for a, b in lengths) / 2
+    assert found["win_rates"]["reference"]["1"]["judge"]["plain"]["value"] == wins
+    assert "perplexity" in out
+    assert "calibration error" in out
+    page = Path("out/report.html").read_text()
+    assert "Held-out texts" in page
+    assert "Rewards on held-out pairs" in page
+
+
+def test_runs_of_other_stages_are_measured_by_what_they_learned_from(here, tiny_models):
+    Path("texts.jsonl").write_text('{"text": "hello there"}\n{"text": "a film"}\n')
+    pairs = [{"chosen": "fine thing", "rejected": "dull"}, {"chosen": "fine", "rejected": "dull snippet"}]
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    small = ["logger=csv", "trainer.max_epochs=1", "data.val_fraction=0.5", "data.prompt_column=null"]
+    tiny = [override for override in TINY if override.startswith("policy")]
+    sft = ["train", "algorithm=sft", *tiny, "data=jsonl", "data.path=texts.jsonl", *small, "paths.output_dir=sft"]
+    assert run_here(*sft).code == 0
+    found, _ = evaluation("run=sft")
+    last = json.loads(Path("sft/summary.json").read_text())["val/sft/perplexity"]
+    perplexity = found["perplexity"]["policy"]["perplexity"]
+    assert perplexity["value"] == pytest.approx(last, rel=0.02)  # in bf16
+    assert "policies" not in found
+    model = ["train", "algorithm=reward_model", f"algorithm.model_path={tiny_models['encoder']}", "data=jsonl"]
+    trained = run_here(*model, "algorithm.max_length=16", "data.path=pairs.jsonl", *small, "paths.output_dir=rm")
+    assert trained.code == 0, trained.err
+    found, _ = evaluation("run=rm")
+    last = json.loads(Path("rm/summary.json").read_text())
+    assert found["pairs"]["objective/scores"]["accuracy"]["value"] == last["val/reward_model/accuracy"]
+    assert found["pairs"]["objective/scores"]["loss"] == pytest.approx(last["val/reward_model/loss"], rel=0.02)
+
+
+def test_a_checkpoint_of_another_policy_is_refused(here):
+    result = run_here("eval", "run=one", "+overrides.seed=5", "paths.output_dir=refused")
+    assert result.code == 1
+    assert "was trained against another reference" in result.err
+    checkpoint = Path("one/checkpoints/last.ckpt")
+    with pytest.raises(UserError, match="belongs to another policy: 21 trained weights differ"):
+        load_weights(tiny_policy(), checkpoint, read_checkpoint(checkpoint))
+
+
+# ---- its page -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_every_policy_and_escapes_what_they_wrote(here):
+    found, _ = evaluation("run=one", "against=[two]", "temperatures=[0.5,1]")
+    lines = samples()
+    lines[0]["completion"] = "<script>alert(1)</script>\u202e"
+    Path("out/samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written = Path("out/report.html").read_text()
+    assert run_here("report", "out").code == 0
+    page = Path("out/report.html").read_text()
+    assert page != written
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count("<svg") == 2  # against the start and against the other run
+    assert "src=" not in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
+    interval = found["policies"]["policy"]["0.5"]["objective/kl"]
+    assert f"{number(interval['low'])} to {number(interval['high'])}" in page
+    assert "How often the policy is preferred to two" in page
+
+
+def test_a_damaged_evaluation_is_named(tmp_path):
+    (tmp_path / "evaluation.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"evaluation\.json is not a JSON object"):
+        build_report(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{}")
+    (tmp_path / "samples.jsonl").write_text('{"policy": "other"}\n')
+    with pytest.raises(UserError, match=r"samples\.jsonl, line 1 is not a completion"):
+        build_report(tmp_path)
