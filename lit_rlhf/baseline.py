@@ -21,9 +21,9 @@ class Baseline:
         """The baseline of each token."""
         raise NotImplementedError
 
-    def loss(self, values: Tensor | None, returns: Tensor | None, mask: Tensor) -> Tensor:  # noqa: ARG002
-        """What is added to the policy's loss, so that the baseline learns; 0 where there is nothing to learn."""
-        return torch.zeros((), device=mask.device)
+    def loss(self, values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+        """What the critic learns by; values here are (B, T)."""
+        raise NotImplementedError
 
 
 class NoBaseline(Baseline):

@@ -59,16 +59,15 @@ class A2C(OnlineAlgorithm):
         self.pending["returns/var"] = float(masked_var(returns, mask))
         return masked_whiten(advantages, mask) if self.whiten_advantages else advantages, returns
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 7: actor, critic and entropy."""
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 7: actor and entropy."""
         mask = batch.response_mask
         policy_loss = -self.mean(batch.advantages * output.logprobs, mask)
-        value_loss, _ = clipped_value_loss(values, batch.values, batch.returns, mask, None)
         entropy = self.mean(output.entropy, mask)
-        loss = policy_loss + self.value_coef * value_loss - self.entropy.at(self.progress) * entropy
-        return loss, {
-            "loss/policy": policy_loss.detach(),
-            "loss/value": value_loss.detach(),
-            "loss/entropy": -entropy.detach(),
-            "value/mean": masked_mean(values.detach(), mask),
-        }
+        loss = policy_loss - self.entropy.at(self.progress) * entropy
+        return loss, {"loss/policy": policy_loss.detach(), "loss/entropy": -entropy.detach()}
+
+    def value_loss(self, batch: Experience, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 7: the critic."""
+        loss, _ = clipped_value_loss(values, batch.values, batch.returns, batch.response_mask, None)
+        return self.value_coef * loss, {"loss/value": loss.detach()}

@@ -213,8 +213,8 @@ class Algorithm(L.LightningModule):
         """Drops what was measured in the step under way."""
         self.step_means.sums = {}
 
-    def batch_loss(self, batch: Any) -> Tensor:
-        """The loss of a micro-batch, with its weight in the optimiser step."""
+    def batch_loss(self, batch: Any, share: float = 1.0) -> Tensor:
+        """The loss of a micro-batch, with its weight in the optimiser step, times ``share``."""
         raise NotImplementedError
 
     def step_batches(self) -> list[Any]:

@@ -75,6 +75,6 @@ class DAPO(OnlineAlgorithm):
         groups = differ.int().argsort(descending=True, stable=True)[: self.experience_size // self.group_size]
         return experience[(groups.unsqueeze(1) * self.group_size + torch.arange(self.group_size)).flatten()]
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: the clipped surrogate, a mean over tokens."""
         return self.clipped_loss(output.logprobs, batch.logprobs, batch.advantages, batch.response_mask)

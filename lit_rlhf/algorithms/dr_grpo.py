@@ -48,6 +48,6 @@ class DrGRPO(OnlineAlgorithm):
         """Over completions, of their sums divided by the longest possible length."""
         return zero_masked(x, mask).sum(-1).mean() / self.sampler.max_new_tokens
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: the clipped surrogate of tokens."""
         return self.clipped_loss(output.logprobs, batch.logprobs, batch.advantages, batch.response_mask)

@@ -44,7 +44,7 @@ class ExpertIteration(OnlineAlgorithm):
         kept = (mask & right.unsqueeze(1)).sum()
         return per_token(right * (mask.sum() / kept.clamp(min=1)), mask), None
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: the negative log-likelihood of a token of the right completions."""
         loss = -self.mean(batch.advantages * output.logprobs, batch.response_mask)
         return loss, {"loss/policy": loss.detach()}

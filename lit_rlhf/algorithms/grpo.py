@@ -46,6 +46,6 @@ class GRPO(OnlineAlgorithm):
         """Over completions, of the means over their tokens."""
         return masked_mean(x, mask, dim=1).mean()
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: the clipped surrogate of tokens."""
         return self.clipped_loss(output.logprobs, batch.logprobs, batch.advantages, batch.response_mask)

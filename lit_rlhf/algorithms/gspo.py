@@ -47,7 +47,7 @@ class GSPO(OnlineAlgorithm):
         """Over completions, of the means over their tokens."""
         return masked_mean(x, mask, dim=1).mean()
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: the clipped surrogate of whole completions."""
         mask = batch.response_mask
         new, old = (masked_mean(x, mask, dim=1).unsqueeze(1) for x in (output.logprobs, batch.logprobs))

@@ -35,7 +35,7 @@ def backward(algorithm: "Algorithm", loss: Tensor, run: Callable[[], None]) -> N
     except (RuntimeError, MemoryError) as error:
         _halve(algorithm, error, algorithm.step_batches()[-1])
     loss.detach_()  # frees the activations, which Lightning's loss would hold
-    _add_gradients(algorithm, _redo_step(algorithm))
+    add_gradients(algorithm, _redo_step(algorithm))
 
 
 def _halve(algorithm: "Algorithm", error: Exception, batch: Any) -> None:
@@ -55,7 +55,7 @@ def _redo_step(algorithm: "Algorithm") -> Tensor:
     algorithm.forget_step()
     *before, last = algorithm.step_batches()
     for batch in before:
-        _add_gradients(algorithm, _loss_in_halves(algorithm, batch))
+        add_gradients(algorithm, _loss_in_halves(algorithm, batch))
     return _loss_in_halves(algorithm, last)
 
 
@@ -63,13 +63,13 @@ def _loss_in_halves(algorithm: "Algorithm", batch: Any) -> Tensor:
     """The loss of a micro-batch's second half, after a backward pass for its first one."""
     try:
         (first, share), (second, rest) = algorithm.halves_of(batch)
-        _add_gradients(algorithm, share * algorithm.batch_loss(first))
-        return rest * algorithm.batch_loss(second)
+        add_gradients(algorithm, algorithm.batch_loss(first, share))
+        return algorithm.batch_loss(second, rest)
     except (RuntimeError, MemoryError) as error:
         _halve(algorithm, error, batch)  # raises, as these are halves already
 
 
-def _add_gradients(algorithm: "Algorithm", loss: Tensor) -> None:
+def add_gradients(algorithm: "Algorithm", loss: Tensor) -> None:
     """Adds a loss's gradients as Lightning does after a training step."""
     trainer = algorithm.trainer
     with torch.autocast(algorithm.device.type, enabled=False):

@@ -222,7 +222,7 @@ class OfflineAlgorithm(Algorithm):
         self.tokens += batch.tokens
         return super().training_step(batch, batch_idx)
 
-    def batch_loss(self, batch: MicroBatch) -> Tensor:
+    def batch_loss(self, batch: MicroBatch, share: float = 1.0) -> Tensor:
         # Other processes have other rows, which are to have other dropout masks.
         process = [rank()] if rank() else []
         half = [world_size() + batch.part] if batch.part else []
@@ -230,7 +230,7 @@ class OfflineAlgorithm(Algorithm):
         loss, metrics = self.loss(batch.inputs)
         loss = self.guard.spoiled(loss, {})
         self.step_means.add({**metrics, "loss/total": loss.detach()}, batch.terms)
-        return loss * batch.weight
+        return loss * batch.weight * share
 
     def step_batches(self) -> list[MicroBatch]:
         return [self.transfer_batch_to_device(batch, self.device, 0) for batch in self.loader.handed_out()]

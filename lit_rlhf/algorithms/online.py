@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_rlhf.algorithms.attempts import PatientLoader
 from lit_rlhf.algorithms.base import Algorithm, require_plain
 from lit_rlhf.algorithms.controllers import schedule_metrics, update_controllers
+from lit_rlhf.algorithms.halves import add_gradients
 from lit_rlhf.algorithms.held_out import HeldOut
 from lit_rlhf.algorithms.judged import Anchors, Judged, describe, sample_rows
 from lit_rlhf.algorithms.judging import anchor, judge
@@ -43,7 +44,8 @@ CriticFactory = Callable[[Policy], nn.Module]
 class OnlineAlgorithm(Algorithm):
     """Alternates a rollout phase with epochs of updates over its experience; one Lightning epoch is one iteration.
 
-    A subclass gives ``advantages`` (stage 5) and ``loss`` (stage 7), and may ``select`` what is learned from (stage 6).
+    A subclass gives ``advantages`` (stage 5) and ``loss`` (stage 7), with a critic also ``value_loss``, and may
+    ``select`` what is learned from (stage 6).
 
     Args:
         policy: the model that is trained.
@@ -140,8 +142,12 @@ class OnlineAlgorithm(Algorithm):
         """Stage 5: token rewards (B, T), values (B, T + 1) -> advantages (B, T) and, with a critic, returns (B, T)."""
         raise NotImplementedError
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 7: the loss, a mean over the batch's response tokens, and its metrics, masked as the loss is."""
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 7: the policy's loss, a mean over the batch's response tokens, and metrics, masked as the loss is."""
+        raise NotImplementedError
+
+    def value_loss(self, batch: Experience, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 7 of an algorithm with a critic: the loss of its values (B, T), which is added to the policy's."""
         raise NotImplementedError
 
     def select(self, experience: Experience) -> Experience:
@@ -243,30 +249,43 @@ class OnlineAlgorithm(Algorithm):
 
     # ---- stages 6 to 8: updates -----------------------------------------------------------------------------------
 
-    def batch_loss(self, batch: Experience) -> Tensor:
+    def batch_loss(self, batch: Experience, share: float = 1.0) -> Tensor:
         tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.response_mask)
+        # A loss over completions counts them alike, however long they are; everything else is over tokens.
+        by_tokens, count = self.loss_over == "tokens", float(batch.response_mask.sum())
+        weight = share * (batch.weight if by_tokens else 1.0)
         output = self.respond(*tokens)
-        values = self.critic(output, *tokens)[:, :-1] if self.critic is not None else None
         self.call_hook("on_update", batch, output.logprobs.detach())
-        loss, metrics = self.loss(batch, output, values)  # 7 loss
+        loss, metrics = self.policy_loss(batch, output, tokens)
+        if self.critic is not None:
+            if loss.requires_grad and getattr(self.critic, "apart", False) and world_size() == 1:
+                add_gradients(self, weight * loss)  # frees the policy's activations before the critic has its own
+                loss = loss.detach()
+            values = self.critic(output, *tokens)[:, :-1]
+            value_loss, value_metrics = self.value_loss(batch, values)  # 7 loss
+            metrics |= {"value/mean": masked_mean(values.detach(), batch.response_mask), **value_metrics}
+            numbers = {"value": zero_masked(values.detach(), batch.response_mask)}
+            loss = self.guard.spoiled(loss + value_loss, numbers)
+        for name, x in {**metrics, "loss/total": loss}.items():
+            over = float(len(batch)) if name.startswith("loss/") and not by_tokens else count
+            self.step_means.add({name: x.detach()}, over)
+        if self.target_kl is not None and "policy/approxkl" in metrics:
+            self.minibatch_kl.add({"kl": metrics["policy/approxkl"]}, count)
+        return loss * weight
+
+    def policy_loss(
+        self, batch: Experience, output: PolicyOutput, tokens: tuple[Tensor, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 7 without the critic, with the KL to the reference where it is in the loss."""
+        loss, metrics = self.loss(batch, output)  # 7 loss
         metrics = {**self.update_metrics(batch, output), **metrics}
         if self.kl.in_loss:
             metrics["loss/kl"] = self.kl_loss(batch, output, tokens)
             loss = loss + self.pending["objective/kl_coef"] * metrics["loss/kl"]
-        count = float(batch.response_mask.sum())
         numbers = {"log-probability": zero_masked(output.logprobs.detach(), batch.response_mask)}
-        if values is not None:
-            numbers["value"] = zero_masked(values.detach(), batch.response_mask)
         if "policy/ratio_max" in metrics:
             numbers["probability ratio"] = metrics["policy/ratio_max"].detach()
-        loss = self.guard.spoiled(loss, numbers)
-        # A loss over completions counts them alike, however long they are; everything else is over tokens.
-        over = count if self.loss_over == "tokens" else float(len(batch))
-        for name, x in {**metrics, "loss/total": loss}.items():
-            self.step_means.add({name: x.detach()}, over if name.startswith("loss/") else count)
-        if self.target_kl is not None and "policy/approxkl" in metrics:
-            self.minibatch_kl.add({"kl": metrics["policy/approxkl"]}, count)
-        return loss * batch.weight if self.loss_over == "tokens" else loss
+        return self.guard.spoiled(loss, numbers), metrics
 
     def step_batches(self) -> list[Experience]:
         return [batch.to(self.device) for batch in self.loader.step_batches()]

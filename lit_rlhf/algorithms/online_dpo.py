@@ -55,7 +55,7 @@ class OnlineDPO(OnlineAlgorithm):
         pairs = rewards.sum(-1).reshape(-1, 2)
         return per_token((pairs - pairs.flip(1)).sigmoid().flatten(), rollout.response_mask), None
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: cross-entropy of the implicit rewards' difference with the preference."""
         log_ratios = zero_masked(output.logprobs - batch.ref_logprobs, batch.response_mask).sum(-1)
         implicit = self.pending["objective/kl_coef"] * log_ratios

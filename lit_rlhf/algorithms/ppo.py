@@ -89,18 +89,16 @@ class PPO(OnlineAlgorithm):
             advantages = masked_whiten(advantages, mask)
         return advantages, returns
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 7: the combined objective."""
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 7: -L_clip - c2 H."""
         mask = batch.response_mask
         policy_loss, metrics = self.clipped_loss(output.logprobs, batch.logprobs, batch.advantages, mask)
-        bound = self.clip.at(self.progress).value
-        value_loss, value = clipped_value_loss(values, batch.values, batch.returns, mask, bound)
         entropy = masked_mean(output.entropy, mask)
-        loss = policy_loss + self.value_coef * value_loss - self.entropy.at(self.progress) * entropy
-        return loss, {
-            **metrics,
-            "loss/value": value_loss.detach(),
-            "loss/entropy": -entropy.detach(),
-            "value/mean": masked_mean(values.detach(), mask),
-            "value/clipfrac": value["clipfrac"],
-        }
+        loss = policy_loss - self.entropy.at(self.progress) * entropy
+        return loss, {**metrics, "loss/entropy": -entropy.detach()}
+
+    def value_loss(self, batch: Experience, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 7: c1 L_value."""
+        bound = self.clip.at(self.progress).value
+        loss, metrics = clipped_value_loss(values, batch.values, batch.returns, batch.response_mask, bound)
+        return self.value_coef * loss, {"loss/value": loss.detach(), "value/clipfrac": metrics["clipfrac"]}

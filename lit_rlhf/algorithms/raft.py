@@ -50,7 +50,7 @@ class RAFT(OnlineAlgorithm):
         self.pending["rollout/kept_reward"] = float(best.mean())
         return experience[torch.arange(len(rewards)) * self.group_size + number]
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: the negative log-likelihood of a token of the best completions."""
         loss = -self.mean(output.logprobs, batch.response_mask)
         return loss, {"loss/policy": loss.detach()}

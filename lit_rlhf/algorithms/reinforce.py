@@ -45,8 +45,12 @@ class Reinforce(OnlineAlgorithm):
         self.pending["returns/var"] = float(masked_var(returns, mask))
         return returns - self.baseline(returns, mask, values), returns
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 7: minus the advantage-weighted log-likelihood, and what the baseline learns by."""
-        policy_loss = -self.mean(batch.advantages * output.logprobs, batch.response_mask)
-        value_loss = self.baseline.loss(values, batch.returns, batch.response_mask)
-        return policy_loss + value_loss, {"loss/policy": policy_loss.detach(), "loss/value": value_loss.detach()}
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 7: minus the advantage-weighted log-likelihood."""
+        loss = -self.mean(batch.advantages * output.logprobs, batch.response_mask)
+        return loss, {"loss/policy": loss.detach()}
+
+    def value_loss(self, batch: Experience, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 7: what the baseline learns by."""
+        loss = self.baseline.loss(values, batch.returns, batch.response_mask)
+        return loss, {"loss/value": loss.detach()}

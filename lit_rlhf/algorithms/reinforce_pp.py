@@ -45,6 +45,6 @@ class ReinforcePP(OnlineAlgorithm):
         self.pending["returns/var"] = float(masked_var(returns, mask))
         return masked_whiten(returns, mask), None
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: the clipped surrogate of tokens."""
         return self.clipped_loss(output.logprobs, batch.logprobs, batch.advantages, batch.response_mask)

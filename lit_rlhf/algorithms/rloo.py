@@ -48,7 +48,7 @@ class RLOO(OnlineAlgorithm):
         """Over completions, of their sums."""
         return zero_masked(x, mask).sum(-1).mean()
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: None) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: the surrogate of whole completions."""
         mask = batch.response_mask
         new, old = (zero_masked(x, mask).sum(-1, keepdim=True) for x in (output.logprobs, batch.logprobs))

@@ -99,10 +99,14 @@ class TRPO(OnlineAlgorithm):
         with torch.no_grad():
             return super().respond(*tokens)
 
-    def loss(self, batch: Experience, output: PolicyOutput, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+    def loss(self, batch: Experience, output: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        """Stage 7: nothing; the policy has had its step."""
+        return output.logprobs.new_zeros(()), {}
+
+    def value_loss(self, batch: Experience, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 7: what the critic learns by."""
         loss, _ = clipped_value_loss(values, batch.values, batch.returns, batch.response_mask, None)
-        return loss, {"loss/value": loss.detach(), "value/mean": masked_mean(values.detach(), batch.response_mask)}
+        return loss, {"loss/value": loss.detach()}
 
     def optimized_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.critic.parameters() if p.requires_grad]

@@ -132,7 +132,7 @@ def online_stages(algorithm: OnlineAlgorithm, layout: Layout, clips: bool) -> It
     if isinstance(algorithm, TRPO):
         yield from _natural_step(algorithm, layout)
     batch = _experience(algorithm, layout, micro)
-    yield _backward(algorithm, layout, lambda: _online_loss(algorithm, batch), steps)
+    yield _backward(algorithm, layout, lambda: _online_loss(algorithm, batch, layout.world == 1), steps)
     yield _optimizer(algorithm, layout, steps, clips)
 
 
@@ -233,7 +233,7 @@ def _experience(algorithm: OnlineAlgorithm, layout: Layout, rows: int) -> Experi
     )  # fmt: skip
 
 
-def _online_loss(algorithm: OnlineAlgorithm, batch: Experience) -> Tensor:
+def _online_loss(algorithm: OnlineAlgorithm, batch: Experience, alone: bool) -> Tensor:
     """Something through which all gradients flow: the arithmetic on (B, T) numbers is too little to count."""
     tokens = (batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.response_mask)
     bonus = algorithm.entropy is not None and algorithm.entropy.at(0.0) != 0
@@ -244,7 +244,13 @@ def _online_loss(algorithm: OnlineAlgorithm, batch: Experience) -> Tensor:
     loss = output.logprobs.sum() + (output.entropy.sum() if bonus else 0)
     if full:
         loss = loss + algorithm.kl_loss(batch, output, tokens)
-    return loss if algorithm.critic is None else loss + algorithm.critic(output, *tokens)[:, :-1].sum()
+    if algorithm.critic is None:
+        return loss
+    if alone and loss.requires_grad and getattr(algorithm.critic, "apart", False):
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward()
+        loss = loss.detach()
+    return loss + algorithm.critic(output, *tokens)[:, :-1].sum()
 
 
 def _natural_step(algorithm: TRPO, layout: Layout) -> Iterator[Stage]:

@@ -71,6 +71,9 @@ class SeparateCritic(nn.Module):
         UserError: nothing can be loaded from ``init``, or it is a model that cannot be this policy's critic.
     """
 
+    #: It shares nothing with the policy, so that neither's activations are needed for the other's backward pass.
+    apart = True
+
     def __init__(self, policy: Policy, *, init: str = "policy") -> None:
         super().__init__()
         if init == "policy":

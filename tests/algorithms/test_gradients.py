@@ -87,8 +87,9 @@ def weighted_gradient(module, problem, groups, loss):
         rows = torch.arange(number * size, (number + 1) * size)
         batch = experience[rows]
         part = PolicyOutput(*(None if x is None else x[rows] for x in output))
-        value = None if values is None else values[rows]
-        objective = loss(module, batch, part) if loss else module.loss(batch, part, value)[0]
+        objective = loss(module, batch, part) if loss else module.loss(batch, part)[0]
+        if values is not None and not loss:
+            objective = objective + module.value_loss(batch, values[rows])[0]
         scale = float(batch.response_mask.sum()) / size if module.loss_over == "tokens" else 1.0
         # DAPO puts groups in another order; of RAFT's, one row is left.
         sampled = batch.logprobs[batch.response_mask].double() if size == len(group) else logprobs[group]

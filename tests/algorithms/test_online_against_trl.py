@@ -70,7 +70,7 @@ def our_loss(monkeypatch, algorithm, mask, new, old, reference, advantages, kl=N
         ref_logprobs=reference, advantages=torch.where(mask, advantages.unsqueeze(1), 0.0),
     )  # fmt: skip
     output = PolicyOutput(new, torch.zeros_like(new), torch.zeros(ROWS, STEPS + 1, 1), None)
-    loss, _ = module.loss(batch, output, None)
+    loss, _ = module.loss(batch, output)
     return loss + BETA * module.kl_loss(batch, output, ()) if kl else loss
 
 

@@ -305,7 +305,7 @@ def test_online_dpo_loss_by_hand():
     )  # fmt: skip
     output = PolicyOutput(torch.tensor([[-0.5, -1.5], [-2.0, -50.0]]), None, None, None)
     # log-ratios 1 and -1, h = .5 * 2 = 1: -.731059 log sigmoid(1) - .268941 log sigmoid(-1)
-    loss, metrics = module.loss(batch, output, None)
+    loss, metrics = module.loss(batch, output)
     assert float(loss) == pytest.approx(0.731059 * 0.313262 + 0.268941 * 1.313262, abs=1e-5)
     assert float(metrics["online_dpo/accuracy"]) == 1.0
 

@@ -34,9 +34,9 @@ def test_ratio_is_1_in_every_epoch_when_nothing_is_learned(trainer, family, lora
     largest = []
 
     class Recorded(PPO):
-        def loss(self, batch, output, values):
+        def loss(self, batch, output):
             largest.append(float((output.logprobs - batch.logprobs)[batch.response_mask].abs().max()))
-            return super().loss(batch, output, values)
+            return super().loss(batch, output)
 
     policy = tiny_policy(family, lora=lora)
     ppo = Recorded(
@@ -295,13 +295,39 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_split(trainer, accumula
         torch.testing.assert_close(split[name], expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_separate_critic_begins_when_the_policys_activations_are_gone(trainer, accumulate):
+    seen = []
+
+    class Critic(SeparateCritic):
+        def forward(self, output, *tokens):
+            if torch.is_grad_enabled():
+                with pytest.raises(RuntimeError, match="Saved intermediate values"):
+                    output.logprobs.sum().backward()
+                seen.append(len(tokens[0]))
+            return super().forward(output, *tokens)
+
+    found = gradient(trainer, accumulate, critic=Critic)
+    assert seen == [8 // accumulate] * accumulate
+    together = gradient(trainer, accumulate, critic=Joint)
+    assert found.keys() == together.keys()
+    assert all(torch.equal(found[name], together[name]) for name in found)
+    assert any("critic" in name and x.abs().sum() > 0 for name, x in found.items())
+
+
+class Joint(SeparateCritic):
+    """One of which the algorithm does not know that it shares nothing with the policy."""
+
+    apart = False
+
+
 def test_policy_gradient_of_the_first_step_is_that_of_advantage_times_logprob(trainer):
     policy = tiny_policy()
     ppo = make(policy, lr=0.0, value_coef=0.0, ppo_epochs=1, minibatch_size=8)
     watch = fit(trainer, ppo, max_epochs=1)
     batch = watch.batches[0]
     policy.zero_grad()
-    loss, _ = ppo.loss(batch, policy(*tokens_of(batch), entropy=True), batch.values)
+    loss, _ = ppo.loss(batch, policy(*tokens_of(batch), entropy=True))
     loss.backward()
     ours = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
