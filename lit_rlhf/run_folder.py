@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_rows(folders: Iterable[str | Path | None]) -> None:
+    """Brings the rows and samples in run folders to the disk.
+
+    Raises:
+        UserError: the system refuses.
+    """
+    for path in (Path(folder) / name for folder in folders if folder for name in (METRICS, SAMPLES)):
+        if path.exists():
+            with writing(path):
+                sync(path)
+                sync(path.parent)
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ class Strike(L.Callback):
     """Sends ``name`` before the optimiser step after ``step``, or in the rollout phase ``phase`` after it.
 
     To this process, or to ``pid``; of several processes only the last one does. ``step=None`` is validation before
-    training, ``export`` the export.
+    training, the phase ``validation`` after the first batch of one, ``export`` the export.
     """
 
     def __init__(self, *, name="SIGTERM", step=None, phase=None, pid=None):
@@ -28,7 +28,13 @@ class Strike(L.Callback):
 
     def on_phase(self, trainer, _module, phase, done, _whole):
         fitting = trainer.global_step if trainer.state.fn == "fit" else None
-        if (phase, fitting) == (self.phase, self.step) and (done or phase != "rollout"):
+        last = rank() == trainer.world_size - 1
+        if (phase, fitting) == (self.phase, self.step) and (done or phase != "rollout") and last:
+            self.strike()
+
+    def on_validation_batch_end(self, trainer, *_):
+        fitting = trainer.global_step if trainer.state.fn == "fit" else None
+        if (self.phase, self.step) == ("validation", fitting):
             self.strike()
 
     def on_fit_end(self, *_):

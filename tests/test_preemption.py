@@ -62,15 +62,17 @@ def last(run="cut"):
     return torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 5), ("SIGINT", 7), ("SIGUSR1", 11)])
-def test_a_signal_ends_the_run_after_its_step_and_the_same_command_continues(whole, name, step):
+@pytest.mark.parametrize(
+    ("name", "step", "iterations", "position"), [("SIGTERM", 5, 1, 2), ("SIGINT", 3, 1, 0), ("SIGUSR1", 11, 2, 4)]
+)
+def test_a_signal_ends_the_run_after_its_step_and_the_same_command_continues(whole, name, step, iterations, position):
+    """In the middle of an iteration; in the last step of one, which is then finished, unless it is validated."""
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    """In the middle of an iteration; in the last step of one, which is then finished; in the last one of the run."""
     result = start(strike={"name": name, "step": step})
     assert result.code == PREEMPTED == 75, result.err
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
-    assert (summary()["status"], summary()["iteration"]) == ("preempted", (step + 1) // 4)
-    assert (last()["global_step"], last()["lit_rlhf"]["loader"]["position"]) == (step + 1, (step + 1) % 4)
+    assert (summary()["status"], summary()["iteration"]) == ("preempted", iterations)
+    assert (last()["global_step"], last()["lit_rlhf"]["loader"]["position"]) == (step + 1, position)
     assert not Path("cut/model").exists()
     assert start().code == 0
     assert summary()["status"] == "completed"
@@ -90,6 +92,20 @@ def test_in_a_rollout_the_run_ends_at_once_for_it_will_be_drawn_again(whole, pha
         assert last()["global_step"] == saved
     assert start().code == 0
     assert_same(whole)
+
+
+@pytest.mark.parametrize("step", [8, None])
+def test_a_validation_ends_before_its_next_batch_and_is_done_again(step):
+    """The one after the second iteration, and the one before training."""
+    batches = ["data.prompts=[A film that,The plot,A book,The end]", "data.batch_size=1"]
+    assert start(*batches, run="whole").code == 0
+    result = start(*batches, strike={"phase": "validation", "step": step or "null"})
+    assert result.code == PREEMPTED
+    assert summary()["status"] == "preempted"
+    assert Path("cut/checkpoints").exists() == (step is not None)
+    assert step is None or [row["iteration"] for row in rows("cut")] == ["0", "1"]
+    assert start(*batches).code == 0
+    assert_same("whole")
 
 
 def test_without_a_checkpoint_of_its_start_a_rollout_is_finished_first(whole):
@@ -156,15 +172,15 @@ def test_a_pipeline_stops_between_its_stages_too_and_the_same_command_ends_it(wh
         assert_same(whole, f"cut/{stage}")
 
 
-@pytest.mark.parametrize("to", ["one of them", "their parent"])
-def test_of_several_processes_all_stop_at_the_same_step_whoever_got_the_signal(to):
+@pytest.mark.parametrize("to", ["one of them, in a rollout", "their parent, in an update"])
+def test_of_several_processes_all_stop_together_whoever_got_the_signal(to):
+    """After the rollout, or after the same step, which may be a later one: the parent is another process."""
     two = ["trainer=ddp", "trainer.devices=2", "trainer.limit_val_batches=0"]
-    parent = {"pid": os.getpid()} if to == "their parent" else {}
-    result = start(*two, strike={"step": 5, **parent})
+    strike = {"phase": "rollout", "step": 4} if "rollout" in to else {"step": 5, "pid": os.getpid()}
+    result = start(*two, strike=strike)
     assert result.code == PREEMPTED, result.err
     assert summary()["status"] == "preempted"
-    stopped = last()["global_step"]
-    assert stopped == 6 if to == "one of them" else 6 <= stopped < 12  # the parent is another process
+    assert last()["global_step"] in ([4] if "rollout" in to else range(6, 12))
     assert start(*two).code == start(*two, run="two").code == 0
     assert_same("two")
 

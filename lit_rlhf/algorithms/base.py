@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loops.progress import _BatchProgress
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,6 +29,7 @@ from lit_rlhf.halving import Halving
 from lit_rlhf.machine import decode_dtype
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, cast_dtype
+from lit_rlhf.run_folder import sync_rows
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[..., torch.optim.lr_scheduler.LRScheduler]
@@ -124,6 +126,7 @@ class Algorithm(L.LightningModule):
         self.last_row: dict[str, float] = {}
         self.last_logged = 0  # iteration of the newest row
         self._gradients: dict[str, Tensor] = {}  # of a checkpoint made between two steps, until training starts
+        self._before_validation: list[Any] | None = None  # the global generators then, while one is under way
         self._generators: list[Any] | None = None  # the global ones of a checkpoint, until training starts
         self.config: dict[str, Any] | None = None  # the run's, where there is one; goes into every checkpoint
         self.strict_loading = False  # checkpoints hold only what trains
@@ -335,9 +338,10 @@ class Algorithm(L.LightningModule):
 
     def run_validation(self) -> None:
         """Runs the validation loop from within the fit, where the fit loop itself does not."""
-        self.trainer.validating = True
         loop = self.trainer.fit_loop.epoch_loop.val_loop
-        loop.restarting = False  # after a resume, its progress is that of a validation before
+        loop.restarting = False  # a checkpoint's progress is that of the validation before
+        self.trainer.validating = True
+        self._before_validation = to_plain(get_generators())
         loop.run()
         self.trainer.training = True
 
@@ -377,6 +381,28 @@ class Algorithm(L.LightningModule):
             set_generators(from_plain(self._generators))
             self._generators = None
 
+    def catch_up(self) -> None:
+        """Lets the next epoch begin as any other where the checkpoint was of the last step of one, now over."""
+        loop = self.trainer.fit_loop
+        epochs = loop.epoch_progress.current
+        if not (loop.restarted_mid_epoch and epochs.processed == epochs.started):
+            return
+        # Lightning would not count it as begun, and take its first batch for one that a validation follows.
+        loop.restarting = False
+        loop.reset_restart_stage()
+        loop.epoch_loop.reset_restart_stage()
+        loop.epoch_loop.batch_progress.increment_completed()
+        loop.epoch_loop._batches_that_stepped += 1
+        self.call_hook("on_caught_up")
+
+    def on_validation_model_zero_grad(self) -> None:
+        """The last hook of a fit before the validation's loaders may draw random numbers."""
+        super().on_validation_model_zero_grad()
+        self._before_validation = to_plain(get_generators())
+
+    def on_validation_end(self) -> None:
+        self._before_validation = None
+
     def cut_rows(self, iteration: int) -> None:
         """Cuts what was logged of iterations after ``iteration``."""
         for target in [*self.loggers, *self.trainer.callbacks]:
@@ -387,9 +413,9 @@ class Algorithm(L.LightningModule):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["config"] = self.config
-        if self.within_epoch:  # also at an epoch's end: max_steps may have ended the run, and with it the epoch
-            for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-                progress["processed"] = progress["completed"] = progress["started"] - 1
+        if self.trainer.is_global_zero:  # a checkpoint counts on the rows before it
+            sync_rows({self.trainer.default_root_dir, *(logger.save_dir for logger in self.loggers)})
+        self._set_progress(checkpoint)
         # Between two steps, gradients are half summed: without them the resumed run's next step would differ.
         summing = self.trainer.fit_loop.epoch_loop._should_accumulate()
         checkpoint["lit_rlhf"] = {
@@ -401,9 +427,31 @@ class Algorithm(L.LightningModule):
             "lr_scale": self.lr_scale,
             "last_logged": self.last_logged,
             "gradients": gather(self._summed_gradients()) if summing else [],
-            "generators": gather(to_plain(get_generators())),  # for callbacks and other code of the user's
+            # For callbacks and other code of the user's
+            "generators": gather(self._before_validation or to_plain(get_generators())),
             **self.state(),
         }
+
+    def _set_progress(self, checkpoint: dict[str, Any]) -> None:
+        """Makes of Lightning's counters those from which it resumes rightly."""
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs = loops["epoch_progress"]
+        validating = self.trainer.validating  # which is done again, as after a checkpoint of the step before it
+        # Also at an epoch's end: max_steps may have ended the run, and with it the epoch.
+        if self.within_epoch or validating:
+            for progress in epochs.values():
+                progress["processed"] = progress["completed"] = progress["started"] - 1
+        elif 0 < epochs["current"]["started"] == epochs["current"]["processed"]:  # also where a resume has ended it
+            for progress in epochs.values():
+                progress["completed"] = progress["processed"] - 1
+        if validating:
+            batches = loops["epoch_loop.batch_progress"]
+            for progress in (batches["total"], batches["current"]):
+                progress["completed"] = progress["processed"] - 1
+            within_step = self.trainer.fit_loop.epoch_loop._should_accumulate()
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - (not within_step)
+            loops["epoch_loop.val_loop.batch_progress"] = _BatchProgress().state_dict()
+        checkpoint["epoch"] = epochs["current"]["completed"]
 
     def _summed_gradients(self) -> dict[str, Tensor]:
         return {n: whole(p.grad).cpu() for n, p in self.named_parameters() if p.grad is not None}

@@ -337,6 +337,7 @@ class OfflineAlgorithm(Algorithm):
         super().on_train_start()
         if self.awaits_validation:  # the checkpoint was made between a step and its validation
             self.run_validation()
+        self.catch_up()
 
     def state(self) -> dict[str, Any]:
         return {

@@ -471,6 +471,7 @@ class OnlineAlgorithm(Algorithm):
                 self.save_state()  # as at any run's end
         elif self.kl.budget is not None and self.last_kl > self.kl.budget:
             self.stop_over_budget()
+        self.catch_up()
 
     def state(self) -> dict[str, Any]:
         return {

@@ -28,7 +28,8 @@ class Checkpoints(Checkpoint):
 
     An epoch of an online algorithm is an iteration. The links `last.ckpt` and `best.ckpt` lead to the newest one and to
     the one with the best value of `best_by`. Where a signal asks the run to stop, one is written after the optimiser
-    step, and the run ends with `Preempted`; in a rollout, which would be drawn again, it ends at once if it can.
+    step or between two batches of a validation, and the run ends with `Preempted`; in a rollout, which would be drawn
+    again, it ends at once if it can.
     Callbacks that may take a run back (`callbacks/rollback.py`) pin the one to go back to, which then stays as well.
 
     Args:
@@ -62,16 +63,17 @@ class Checkpoints(Checkpoint):
         self.best_by = best_by
         self._better = None if best_by is None else better_direction(best_by)
         self.folder = None if dirpath is None else Path(dirpath)
-        self._value: tuple[int, float] | None = None  # of `best_by` in the newest row that has it, and its iteration
+        self._value: tuple[int, float] | None = None  # the optimiser step of the newest row with `best_by`, and that
         self._best: Best = None
+        self._due: str | None = None  # the newest that was due: one that a signal or an error brings is never the best
         self._pins: dict[str, tuple[str, Best]] = {}  # by owner: a checkpoint's name, and which was the best one then
         self._saved: str | None = None  # the newest one's name
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "pins": dict(self._pins)}
+        return {"best": self._best, "due": self._due, "pins": dict(self._pins)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best = _pair(state_dict["best"])
+        self._best, self._due = _pair(state_dict["best"]), state_dict.get("due")
         self._pins = {owner: (name, _pair(best)) for owner, (name, best) in state_dict.get("pins", {}).items()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -115,7 +117,7 @@ class Checkpoints(Checkpoint):
         Raises:
             UserError: it cannot be written; those before stay as they are.
         """
-        name, self._value = self._name(trainer), None
+        name, self._value, self._due = self._name(trainer), None, None
         now = next(pin for pin in self._pins.values() if pin[0] == name)
         self._best = now[1]
         # What others have pinned later is gone, and what came before it was good for them, too.
@@ -126,56 +128,98 @@ class Checkpoints(Checkpoint):
         trainer.strategy.barrier()
 
     def on_row(self, trainer: Trainer, pl_module: LightningModule, row: Mapping[str, float]) -> None:
-        """Called by the algorithm with each row that it logs."""
-        del trainer, pl_module
+        """Called by the algorithm with each row that it logs; it may follow the checkpoint of the same weights."""
         if self._better and self.best_by in row and math.isfinite(row[self.best_by]):
-            self._value = (row["iteration"], float(row[self.best_by]))
+            # An offline algorithm's row may come before Lightning has counted the step.
+            step = trainer.global_step if pl_module.online else row["iteration"]
+            self._value = (step, float(row[self.best_by]))
+            if self._compare() and trainer.is_global_zero:
+                self._link(self._saved)
+
+    def _compare(self) -> bool:
+        """Whether the newest due checkpoint is the best one, if the newest value is that of its weights."""
+        if self._value is None or self._due is None or _number(self._due)[0] != self._value[0]:
+            return False
+        step, value = self._value
+        name, best = self._best or (None, math.nan)
+        better = value > best if self._better == "higher" else value < best
+        if name is None or better or _number(name)[0] == step:  # the same weights, further on
+            self._best = (self._due, value)
+            return True
+        return False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return  # the step is not done
         stop = self._asked_to_stop(trainer)
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        ends_epoch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self._due_at_end(trainer)
-        if stop or (due and not ends_epoch):
-            self.save(trainer, pl_module)
-        if stop and not ends_epoch:
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if last and self._due_after(trainer.current_epoch + 1):
+            return  # that of the epoch's end follows
+        if stop or due:
+            self.save(trainer, pl_module, due=due)
+        if stop:
+            raise Preempted
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """A validation that a signal ends is done again from its beginning."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and 0 < trainer.max_steps <= trainer.global_step:
+            return  # a resumed run would be over before it
+        if self._asked_to_stop(trainer):
+            if fitting:
+                self.save(trainer, pl_module)
             raise Preempted
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after the algorithm's own hook, as Lightning does for callbacks of this kind."""
-        stop = self._asked_to_stop(trainer)
-        if stop or self._due_at_end(trainer):
-            self.save(trainer, pl_module)
+        stop, due = self._asked_to_stop(trainer), self._due_after(trainer.current_epoch + 1)
+        if stop or due:
+            self.save(trainer, pl_module, due=due)
         if stop:
             raise Preempted
+
+    def on_caught_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called by the algorithm when a resumed run has ended an epoch whose last step was in its checkpoint."""
+        if self._due_after(trainer.current_epoch):
+            self.save(trainer, pl_module, due=True)
 
     @staticmethod
     def _asked_to_stop(trainer: Trainer) -> bool:
         """Whether any process was, for a signal may reach only one of them."""
         return trainer.strategy.reduce_boolean_decision(asked_to_stop(), all=False)
 
-    def _due_at_end(self, trainer: Trainer) -> bool:
-        return self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+    def _due_after(self, epochs: int) -> bool:
+        return self.every_n_epochs is not None and epochs % self.every_n_epochs == 0
 
-    def on_phase(self, trainer: Trainer, *_: Any) -> None:
-        """Called by the algorithm during its rollout phase, which several processes can only end together."""
-        if not asked_to_stop() or trainer.world_size > 1:
-            return
+    def on_phase(self, trainer: Trainer, _module: LightningModule, phase: str, *_: Any) -> None:
+        """Called by the algorithm during its rollout phase.
+
+        Several processes can only end together. They ask each other in the phases that each begins once in an
+        iteration, after its rollout and after stage 3: within a rollout they take other numbers of steps.
+        """
+        if trainer.world_size > 1:
+            stop = phase in ("score", "gather") and self._asked_to_stop(trainer)
+        else:
+            stop = asked_to_stop()
         before_updates = trainer.training and (trainer.global_step == 0 or self._saved == self._name(trainer))
-        if before_updates or trainer.state.fn != TrainerFn.FITTING:
+        if stop and (before_updates or trainer.state.fn != TrainerFn.FITTING):
             raise Preempted
 
-    def save(self, trainer: Trainer, pl_module: LightningModule) -> Path:
-        """Writes a checkpoint of now, unless there is one, and says where it is; every process must call it."""
+    def save(self, trainer: Trainer, pl_module: LightningModule, *, due: bool = False) -> Path:
+        """Writes a checkpoint of now, unless there is one, and says where it is; every process must call it.
+
+        Args:
+            due: whether it is one of those that come every so often, the best of which stays.
+        """
+        del pl_module
         name = self._name(trainer)
         path = self.folder / name
         if trainer.fast_dev_run or name == self._saved:
             return path
-        if self._value is not None and self._value[0] == pl_module.axes["iteration"]:
-            value, best = self._value[1], self._best and self._best[1]
-            if best is None or (value > best if self._better == "higher" else value < best):
-                self._best = (name, value)
+        if due:
+            self._due = name
+            self._compare()
         self._write(trainer, name)
         if trainer.is_global_zero:
             pins = self._pins.values()
@@ -198,7 +242,10 @@ class Checkpoints(Checkpoint):
 
     def _name(self, trainer: Trainer) -> str:
         """No two states of a run have the same but for one that is rolled back: that file alone is written over."""
-        return f"step={trainer.global_step:08d}-epoch={trainer.fit_loop.epoch_progress.current.processed:04d}.ckpt"
+        epochs = trainer.fit_loop.epoch_progress.current
+        # A validation is part of its epoch, also where it follows the last step.
+        complete = epochs.started - 1 if trainer.validating else epochs.processed
+        return f"step={trainer.global_step:08d}-epoch={complete:04d}.ckpt"
 
     def _link(self, last: str | None) -> None:
         best = self._best and self._best[0]
