@@ -56,12 +56,6 @@ class HeldOut:
         trainer = self.algorithm.trainer
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return ""
-        # What comes after an iteration's last step is done at the resume, if that step is the last thing that was done.
-        epochs, batches = trainer.fit_loop.epoch_progress, trainer.fit_loop.epoch_loop.batch_progress
-        for progress in (epochs.total, epochs.current):
-            progress.processed = progress.completed = progress.started - 1
-        for progress in (batches.total, batches.current):
-            progress.completed = progress.processed - 1
         self._begin()
         return self.algorithm.save_state()
 
