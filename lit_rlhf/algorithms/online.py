@@ -467,8 +467,6 @@ class OnlineAlgorithm(Algorithm):
         if self.loader.experience is not None and self.loader.position >= len(self.loader) and not stopped:
             # The checkpoint was written after an iteration's last step and before its end, which Lightning skips.
             self.finish_iteration()
-            if self.trainer.fit_loop.done:
-                self.save_state()  # as at any run's end
         elif self.kl.budget is not None and self.last_kl > self.kl.budget:
             self.stop_over_budget()
         self.catch_up()
