@@ -88,6 +88,8 @@ def fits(value: Any, hint: Any) -> bool:
     (True, False, False, False, True)
     """
     origin = get_origin(hint) or hint
+    if isinstance(value, str) and value.startswith("${"):
+        return True  # what it refers to is checked where it is used
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in get_args(hint))
     if origin is Literal:

@@ -22,6 +22,10 @@ REMEDIES = {
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
+class OutOfMemory(UserError):
+    """Memory ran out, and halves would not help: what takes less is for the user to choose."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error is a GPU's or the CPU allocator's lack of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -52,7 +56,7 @@ class Halving:
         """``work(rows)``; where it runs out of memory it is done anew with half the rows, for the rest of the run.
 
         Raises:
-            UserError: it runs out of memory with half of them as well, or with one, or it is not ``allowed`` to retry.
+            OutOfMemory: it runs out of memory with half of them as well, or with one, or may not be retried.
         """
         while True:
             try:
@@ -72,14 +76,14 @@ class Halving:
             allowed: whether this process can work in halves while the others do not.
 
         Raises:
-            UserError: it does so already, or there is nothing to halve. Another error than a lack of memory is raised
+            OutOfMemory: it does so already, or there is nothing to halve. Another error than a lack of memory is raised
                 as it is.
         """
         if not out_of_memory(error):
             raise error
         rows, said = self.size(stage, full), (str(error).splitlines() or [repr(error)])[0]
         if stage in self.stages or full <= unit or not allowed:
-            raise UserError(
+            raise OutOfMemory(
                 f"out of memory in stage '{stage}' with {rows} rows at once: {said}. Set {REMEDIES[stage]} so that it "
                 "takes less"
             ) from error

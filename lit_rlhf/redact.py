@@ -1,12 +1,13 @@
 """What a config takes from the environment, say a token, is written nowhere: it stays ``${oc.env:NAME}``."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.resolvers import oc
+from omegaconf.basecontainer import BaseContainer
 
 _SHORTEST = 4  # characters of a value that is worth hiding: "1" stands in every message
 _names: set[str] = set()  # of the variables that configs of this process refer to
@@ -14,18 +15,44 @@ _names: set[str] = set()  # of the variables that configs of this process refer 
 
 @contextmanager
 def references_kept() -> Iterator[None]:
-    """Within it, configs resolve ``${oc.env:NAME}`` to itself, also where it is part of something else."""
+    """Within it, configs resolve ``${oc.env:NAME}`` to itself, also where it is part of something else.
+
+    So does what another resolver would make of it, as ``${oc.decode:${oc.env:NAME}}``: of a reference that is something
+    else than of the value, and one with a cache would bring the value to light.
+    """
+    resolvers = BaseContainer._resolvers
+    before = dict(resolvers)
+    resolvers.update({name: _keeping(name, resolver) for name, resolver in before.items()})
     OmegaConf.register_new_resolver("oc.env", _reference, replace=True)
     try:
         yield
     finally:
-        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+        resolvers.clear()
+        resolvers.update(before)
 
 
 def _reference(name: str, *default: Any) -> str:
     _names.add(name)
     # The default, too, stands in the config as it was written
     return "${oc.env:" + ",".join([name, *("null" if value is None else str(value) for value in default)]) + "}"
+
+
+def _keeping(name: str, resolver: Callable[..., Any]) -> Callable[..., Any]:
+    """A resolver that gives itself back where one of its arguments is, or holds, a reference."""
+
+    def keep(config: Any, parent: Any, node: Any, args: tuple[Any, ...], written: tuple[str, ...]) -> Any:
+        held = ["${" in str(arg) for arg in args]
+        if not any(held):
+            return resolver(config, parent, node, args, written)
+        given = [_quoted(a) if has and isinstance(a, str) else w for a, has, w in zip(args, held, written, strict=True)]
+        return "${" + name + ":" + ",".join(given) + "}"
+
+    return keep
+
+
+def _quoted(text: str) -> str:
+    """A text with references in it, as an argument: not the key that it may have come from, which is elsewhere."""
+    return text if re.fullmatch(r"[\w-]*\$\{oc\.env:\w+\}[\w-]*", text) else "'" + text.replace("'", r"\'") + "'"
 
 
 def redact(text: str) -> str:

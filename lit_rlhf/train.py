@@ -33,6 +33,7 @@ from lit_rlhf.distributed import (
     run_in_processes,
 )
 from lit_rlhf.errors import UserError
+from lit_rlhf.halving import OutOfMemory
 from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.machine import best_precision, keep_freed_memory, peak_memory_gb, reset_peak_memory
 from lit_rlhf.metrics import lookup
@@ -255,6 +256,8 @@ def _train(run: Run, config: DictConfig, start: float) -> None:
         with writing(run.folder / "model"):
             run.algorithm.export(run.folder / "model")
         status = "completed"
+    except OutOfMemory as error:
+        raise UserError(f"{error}. {newest_of(run)}") from error
     except Preempted:
         status = "preempted"
         raise
@@ -283,6 +286,15 @@ def _train(run: Run, config: DictConfig, start: float) -> None:
         build_report(run.folder)
         log.info("%s: %s", status, run.folder)
     run.trainer.strategy.barrier()  # whoever comes next may read the folder
+
+
+def newest_of(run: Run) -> str:
+    """Where a run that ended can go on from, in words."""
+    folders = [callback.folder for callback in run.trainer.callbacks if isinstance(callback, Checkpoints)]
+    found = [path for folder in folders if folder for path in written(folder)]
+    if not found:
+        return "No checkpoint was written yet"
+    return f"The newest checkpoint is {found[0]}; ckpt_path={found[0]} goes on from there"
 
 
 def optimized_value(summary: dict[str, Any], name: str | None) -> float | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from algorithms.test_resume import Stop, assert_same, make, run
 from classifiers import save_classifier
-from command_line import environment
+from command_line import TINY, environment, run_here
 from ppo_runs import Watch, fit
 from ppo_runs import make as ppo
 from tiny import Prompts, letters, tiny_policy
@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from lit_rlhf import algorithms
 from lit_rlhf.algorithms import DPO, KTO, SFT
+from lit_rlhf.checkpoint_io import damage
 from lit_rlhf.errors import UserError
 from lit_rlhf.halving import Halving, out_of_memory
 from lit_rlhf.models.critic import SeparateCritic
@@ -271,3 +272,13 @@ def test_what_is_a_lack_of_memory():
 def test_one_row_cannot_be_halved():
     with pytest.raises(UserError, match="with 1 rows at once"):
         Halving().run("rollout", 1, lambda _: (_ for _ in ()).throw(MemoryError()))
+
+
+def test_a_run_that_ends_because_of_it_names_the_newest_checkpoint(tmp_path):
+    tight = ["+callbacks.tight._target_=test_out_of_memory.Tight", "+callbacks.tight.stage=forward"]
+    command = ["train", *TINY, *tight, "+callbacks.tight.rows=0", f"paths.output_dir={tmp_path}/run"]
+    result = run_here(*command, "trainer.limit_val_batches=0", "trainer.max_epochs=2", "+callbacks.tight.after=3")
+    assert result.code == 1
+    path = tmp_path / "run/checkpoints/step=00000002-epoch=0001.ckpt"  # the second step of the second iteration fails
+    assert f"The newest checkpoint is {path}; ckpt_path={path} goes on from there" in result.err
+    assert damage(path) is None

@@ -16,6 +16,7 @@ import torch
 import yaml
 from classifiers import save_classifier
 from command_line import TINY, run_here, write_module
+from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_policy
 from torch.distributed import checkpoint
@@ -328,6 +329,7 @@ GIVEN = [
     "reward.headers={Authorization: 'Bearer ${ oc.env:MY_TOKEN}'}",
     "data.columns={note: ['${oc.env:MY_TOKEN,none}', '${reward.token}']}",
     "logger=many", "callbacks.samples.max_samples=1",
+    "sampler.max_new_tokens='${oc.decode:${oc.env:MY_NUMBER}}'",  # a text would be refused
 ]  # fmt: skip
 
 
@@ -338,6 +340,7 @@ def secretive(tmp_path, monkeypatch) -> Path:
     write_module(tmp_path / "own", "secretive", SECRETIVE)
     monkeypatch.syspath_prepend(tmp_path / "own")
     monkeypatch.setenv("MY_TOKEN", SECRET)
+    monkeypatch.setenv("MY_NUMBER", "4")
     return tmp_path
 
 
@@ -355,6 +358,7 @@ def test_a_run_writes_the_value_of_no_environment_variable(secretive):
     assert any(name.endswith(".wandb") for name in written)
     stored = yaml.safe_load(Path("run/config.yaml").read_text())
     assert stored["reward"]["token"] == "${oc.env:MY_TOKEN}"
+    assert stored["sampler"]["max_new_tokens"] == "${oc.decode:${oc.env:MY_NUMBER}}"
     assert stored["reward"]["headers"] == {"Authorization": "Bearer ${oc.env:MY_TOKEN}"}
     assert stored["data"]["columns"]["note"] == ["${oc.env:MY_TOKEN,none}", "${oc.env:MY_TOKEN}"]
     result = run_here("eval", "run=run", "paths.output_dir=out")  # it gets the token again
@@ -392,11 +396,22 @@ def test_a_reference_stays_one_however_it_is_written(monkeypatch):
         "+a='${oc.env:MY_TOKEN}'", "+b='x${ oc.env:MY_TOKEN }y'", "+c='${a}'", "+d='${oc.decode:${oc.env:MY_TOKEN}}'",
         "+n=env", "+e='${oc.${n}:MY_TOKEN}'",
         "+f='${oc.env:NOT_SET,${oc.env:MY_TOKEN}}'", "+g='${oc.env:NOT_SET,null}'", "paths.output_dir=run",
+        "+h='${oc.decode:${a}}'", "+i='x${half:${b},2}y'", "+j='${half:${oc.create:[${a}]},1}'", "+k='${half:word,2}'",
+        "+l='${oc.decode:\"[${a}, 1]\"}'",
     ])  # fmt: skip
-    found = {name: resolved(config)[name] for name in "abcdefg"}
+    OmegaConf.register_new_resolver("half", lambda text, part: str(text)[: len(text) // part], use_cache=True)
+    try:
+        assert SECRET[:5] in config.i  # which is in the resolver's cache from here on
+        found = {name: resolved(config)[name] for name in "abcdefghijkl"}
+        again = OmegaConf.create(found)  # as a process that is started reads it
+        assert (again.d, again.h, again.i, again.l) == (config.d, config.h, config.i, config.l)
+    finally:
+        OmegaConf.clear_resolver("half")
     reference = "${oc.env:MY_TOKEN}"
     assert found == {
-        "a": reference, "b": f"x{reference}y", "c": reference, "d": reference, "e": reference,
-        "f": f"${{oc.env:NOT_SET,{reference}}}", "g": "${oc.env:NOT_SET,null}",
+        "a": reference, "b": f"x{reference}y", "c": reference, "d": f"${{oc.decode:{reference}}}", "e": reference,
+        "f": f"${{oc.env:NOT_SET,{reference}}}", "g": "${oc.env:NOT_SET,null}", "h": f"${{oc.decode:{reference}}}",
+        "i": f"x${{half:x{reference}y,2}}y", "j": "${half:'${oc.create:[${a}]}',1}", "k": "wo",
+        "l": f"${{oc.decode:'[{reference}, 1]'}}",
     }  # fmt: skip
     assert config.a == config.c == config.e == config.f == SECRET  # whoever needs it still gets it

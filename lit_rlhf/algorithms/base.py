@@ -73,7 +73,7 @@ def require_plain(what: str, state: Any) -> None:
 def _lr_change(before: dict[str, Any] | None, now: dict[str, Any] | None) -> float:
     """The quotient of two configs' ``optimizer.lr``: the optimiser's state brings the old rate back."""
     old, new = (((config or {}).get("optimizer") or {}).get("lr") for config in (before, now))
-    return new / old if old and new else 1.0
+    return new / old if all(isinstance(rate, int | float) and rate > 0 for rate in (old, new)) else 1.0
 
 
 class Algorithm(L.LightningModule):
