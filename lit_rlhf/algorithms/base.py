@@ -388,7 +388,7 @@ class Algorithm(L.LightningModule):
         if not (loop.restarted_mid_epoch and epochs.processed == epochs.started):
             return
         # Lightning would not count it as begun, and take its first batch for one that a validation follows.
-        loop.restarting = False
+        loop._restarting = loop.epoch_loop.restarting = False  # FitLoop's own setter has exceptions
         loop.reset_restart_stage()
         loop.epoch_loop.reset_restart_stage()
         loop.epoch_loop.batch_progress.increment_completed()
