@@ -225,8 +225,8 @@ def test_without_a_key_the_run_is_recorded_offline_and_nothing_is_printed(tmp_pa
     assert "resumed_from" not in run.config
     rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in run.history]
     assert rows == [
-        {"iteration": 1, "episode": 8, "tokens": 90, "objective/kl": 1.5},
-        {"iteration": 2, "episode": 16, "tokens": 180, "objective/kl": 2.5},
+        {"iteration": 1, "episode": 8, "tokens": 90, "objective/kl": 1.5, "attempt": 0},
+        {"iteration": 2, "episode": 16, "tokens": 180, "objective/kl": 2.5, "attempt": 0},
     ]
     assert run.summary["best/objective/scores"] == 0.75
     assert run.exit_code == 0
@@ -247,6 +247,37 @@ def test_a_table_of_samples_is_logged_with_its_iteration(tmp_path):
         [1, "train", "A film", SAMPLE["completion"], None, 1.5, 4, 0.5, 0.25],
         [1, "train", "A film", SAMPLE["completion"], 1.0, 1.5, 4, 0.5, 0.25],
     ]
+
+
+def test_a_row_that_takes_the_place_of_another_is_known_by_its_attempt(tmp_path):
+    """A run that is rolled back to iteration 1, killed after iteration 3, and resumed from the checkpoint of 2."""
+    logger = WandbLogger(save_dir=tmp_path)
+    logger.resume_from(-1)
+    logger.log_metrics({"a": 0.0}, step=0)
+    logger.resume_from(0)  # the validation before training
+    for iteration, a in ((1, 1.0), (2, 9.0)):
+        logger.log_metrics({"a": a}, step=iteration)
+    logger.resume_from(1)
+    for iteration, a in ((2, 2.0), (3, 9.0)):
+        logger.log_metrics({"a": a}, step=iteration)
+    logger.finish()
+    again = WandbLogger(save_dir=tmp_path)
+    again.resume_from(2)
+    again.log_samples([SAMPLE], step=3)
+    again.log_metrics({"a": 3.0}, step=3)
+    again.finish()
+    rows = [row for run in runs(tmp_path) for row in run.history]
+    assert [(row["iteration"], row["attempt"]) for row in rows if "a" in row] == [
+        (0, 0), (1, 0), (2, 0), (2, 1), (3, 1), (3, 2),
+    ]  # fmt: skip
+    assert {row["attempt"] for row in rows if any(name.startswith("samples") for name in row)} == {2}
+    last = {row["iteration"]: row["a"] for row in sorted(rows, key=lambda row: row["attempt"]) if "a" in row}
+    assert last == {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}
+    fresh = WandbLogger(save_dir=tmp_path)
+    fresh.resume_from(-1)
+    fresh.log_metrics({"a": 1.0}, step=1)
+    fresh.finish()
+    assert runs(tmp_path)[-1].history[0]["attempt"] == 0
 
 
 def test_a_resumed_run_is_new_in_the_same_group_and_names_the_old_one(tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -20,7 +21,9 @@ from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_policy
 from torch.distributed import checkpoint
+from transformers import AutoModelForSequenceClassification
 
+from lit_rlhf.algorithms import RewardModel
 from lit_rlhf.config import resolved
 from lit_rlhf.data import DatasetPrompts
 from lit_rlhf.data.tokenize import render
@@ -30,6 +33,7 @@ from lit_rlhf.models.critic import HEAD_FILE, SeparateCritic
 from lit_rlhf.models.guided import GUIDANCE_FILE, HEADS_FILE
 from lit_rlhf.models.scorer import Scorer
 from lit_rlhf.pipeline import compose_stage
+from lit_rlhf.rewards import ModelReward
 from lit_rlhf.sharded_reader import load_shards
 
 
@@ -186,6 +190,52 @@ def test_a_sharded_checkpoint_of_tensors_and_plain_values_is_read_back(tmp_path)
 # ---- code that comes with models and data ---------------------------------------------------------------------------
 
 
+OWN = """
+import os
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+os.makedirs(MARKER, exist_ok=True)
+class C(LlamaConfig):
+    model_type = "own"
+class B(LlamaModel):
+    config_class = C
+AutoModel.register(C, B)
+class M(LlamaForCausalLM):
+    config_class = C
+class S(LlamaForSequenceClassification):
+    config_class = C
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "load"),
+    [
+        ("policy", lambda **trust: Policy.from_pretrained(path="own", **trust)),
+        ("reward", lambda **trust: ModelReward(path="own", **trust)),
+        ("algorithm", lambda **trust: RewardModel(model_path="own", max_length=16, **trust)),
+    ],
+    ids=["policy", "reward", "algorithm"],
+)
+def test_it_is_run_where_the_config_names_it(kind, load, models, planted, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(Path("modules").absolute()))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    shutil.copytree(models / "policy", "own")
+    if kind == "reward":  # which needs a trained head
+        AutoModelForSequenceClassification.from_pretrained("own", num_labels=1).save_pretrained("own")
+    Path("own/own.py").write_text(OWN.replace("MARKER", repr(str(planted.marker))))
+    config = json.loads(Path("own/config.json").read_text())
+    auto = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoModelForSequenceClassification": "own.S"}
+    Path("own/config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": auto}))
+    with pytest.raises(UserError, match=r"is not run unless you name it\. .*trust_remote_code=true of policy"):
+        load()
+    assert not planted.marker.exists()
+    made = load(trust_remote_code=True)
+    assert planted.marker.exists()
+    planted.marker.rmdir()
+    if kind == "policy":  # what was trained is loaded in the same way
+        made.save(Path("export"))
+        assert Path("export/own.py").exists()
+
+
 @pytest.mark.parametrize("what", ["model", "tokenizer"])
 def test_python_code_in_a_models_folder_is_neither_run_nor_asked_about(what, models, planted, monkeypatch):
     shutil.copytree(models / "policy", "policy")
@@ -197,7 +247,7 @@ def test_python_code_in_a_models_folder_is_neither_run_nor_asked_about(what, mod
     changes["auto_map"] = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": ["own.T", None]}
     Path("policy", file).write_text(json.dumps(json.loads(Path("policy", file).read_text()) | changes))
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # to transformers' question
-    with pytest.raises(UserError, match="it needs Python code that comes with it, which is never run"):
+    with pytest.raises(UserError, match="it needs Python code that comes with it, which is not run"):
         Policy.from_pretrained(path="policy")
 
 
@@ -364,6 +414,29 @@ def test_a_run_writes_the_value_of_no_environment_variable(secretive):
     result = run_here("eval", "run=run", "paths.output_dir=out")  # it gets the token again
     assert result.code == 0, result.err
     assert run_here("report", "run").code == 0
+    assert holding_the_secret(secretive) == []
+
+
+def test_nor_do_the_processes_of_a_run_of_two_hold_it_where_others_can_read_it(secretive, monkeypatch):
+    """Their command lines, which any user of the machine can list, what they print, and the error of one of them."""
+    seen = secretive / "seen"
+    monkeypatch.setenv("SEEN", str(seen))
+    write_module(secretive / "own", "secretive", SECRETIVE + """
+from pathlib import Path
+
+class Spies(Asks):
+    def __call__(self, prompts, completions, **columns):
+        lines = [Path(f"/proc/{number}/cmdline").read_bytes() for number in (os.getpid(), os.getppid())]
+        Path(os.environ["SEEN"]).write_bytes(b"".join(lines))
+        raise RuntimeError(f"process {os.environ['RANK']} says {self.token}")
+""")
+    two = ["trainer=ddp", "trainer.devices=2", "trainer.limit_val_batches=0", "paths.output_dir=run"]
+    given = [option.replace("secretive.Asks", "secretive.Spies") for option in GIVEN]
+    result = run_here("train", *TINY, *given, *two, "hydra.run.dir=run")
+    assert result.code == 1
+    assert "says ${oc.env:MY_TOKEN}" in result.out + result.err
+    assert SECRET not in result.out + result.err
+    assert b"python" in seen.read_bytes()
     assert holding_the_secret(secretive) == []
 
 

@@ -304,8 +304,13 @@ class Algorithm(L.LightningModule):
         # Every process sees all prompts and batches and takes its share of their rows itself.
         self.trainer._accelerator_connector.use_distributed_sampler = False
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            # Its engine takes the optimiser over, and splits weights and checkpoints in ways of its own.
-            raise UserError("trainer.strategy is DeepSpeed, which is not supported; sharded training is trainer=fsdp2")
+            # Its engine also takes the steps over: it clips, accumulates and steps by itself, so that the step guard sees
+            # no gradient, and Lightning's plugin for it neither takes our frozen batches nor our backward pass.
+            raise UserError(
+                "trainer.strategy is DeepSpeed, which is not supported: it loads checkpoints as pickles, which can run "
+                "code, and leaves no way to skip a step whose gradient is not finite. trainer=fsdp2 shards weights, "
+                "gradients and optimiser states as ZeRO-3 does"
+            )
         write_to_files(self.trainer.strategy)
         if self.leaves_weights_out and isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # else it waits for their gradients

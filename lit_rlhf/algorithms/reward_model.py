@@ -65,6 +65,7 @@ class RewardModel(OfflineAlgorithm):
             al. 2023, arXiv:2312.09244, eq. 2); Bradley-Terry leaves their mean free.
         dropout: whether the model's own dropout is active in training. Without it a step of MiniLM takes a sixth less,
             and one epoch, which hardly overfits, ends no worse.
+        trust_remote_code: run the Python code that comes with the model, which can do anything.
         log_every_n_steps: see ``OfflineAlgorithm``.
         optimizer, scheduler, seed, max_skipped_steps: see ``Algorithm``.
 
@@ -81,6 +82,7 @@ class RewardModel(OfflineAlgorithm):
         margin_coef: float = 0.0,
         center_coef: float = 0.0,
         dropout: bool = False,
+        trust_remote_code: bool = False,
         log_every_n_steps: int = 10,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
@@ -94,7 +96,9 @@ class RewardModel(OfflineAlgorithm):
         self.center_coef = check_number("algorithm.center_coef", center_coef, at_least=0)
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(seed))
-            self.scorer = Scorer.from_pretrained(path=model_path, labels=1, max_length=max_length)
+            self.scorer = Scorer.from_pretrained(
+                path=model_path, labels=1, max_length=max_length, trust_remote_code=trust_remote_code
+            )
         if not dropout:
             disable_dropout(self.scorer)
 

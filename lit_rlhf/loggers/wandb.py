@@ -20,7 +20,7 @@ from lit_rlhf.loggers.wandb_objects import distributions, input_artifacts, outpu
 from lit_rlhf.metrics import AXES
 from lit_rlhf.preemption import Preempted
 from lit_rlhf.redact import redact
-from lit_rlhf.run_folder import METRICS
+from lit_rlhf.run_folder import METRICS, replace_file
 
 
 class _NoRun:
@@ -55,6 +55,9 @@ class WandbLogger(LightningWandbLogger):
     A run that continues from a checkpoint in its folder goes on in the same W&B run if that one was online. Offline it
     is a new run of the same group, with the id of the run before it as `resumed_from` in its config: two offline runs
     of one id would overwrite each other when synced.
+
+    W&B cannot take a row back. So every row carries in `attempt` how often the run was resumed or rolled back before:
+    of two rows of one iteration, in one run or in a group, the one with the larger `attempt` counts.
 
     An alert is sent when the KL passes `alert_kl`, when a metric is NaN and when a run fails, each once a run.
 
@@ -109,6 +112,8 @@ class WandbLogger(LightningWandbLogger):
         self._started_here = False  # also False for a run that the user opened before
         self._previous_id: str | None = None  # of the run before this one in the folder
         self._same_run: dict[str, str] = {}  # how wandb is told to go on in it
+        self._attempts = 0  # resumes and rollbacks of the run so far
+        self._last: int | None = None  # the newest iteration logged here; None: nothing was, and nothing cut
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process cannot use this one's connection.
@@ -203,7 +208,8 @@ class WandbLogger(LightningWandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Logs one row. `step` is the iteration, unless the row names it itself."""
         row = dict(metrics) if step is None else {"iteration": step, **metrics}
-        self._attempt("log a row", lambda: self._log_row(row))
+        self._last = max(self._last or 0, int(row.get("iteration", 0)))
+        self._attempt("log a row", lambda: self._log_row({**row, "attempt": self._attempts}))
 
     def _log_row(self, row: dict[str, Any]) -> None:
         self.experiment.log(row)
@@ -221,7 +227,10 @@ class WandbLogger(LightningWandbLogger):
     @rank_zero_only
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Logs completions, dicts as in samples.jsonl, as the table `samples`. `step` is the iteration."""
-        self._attempt("log samples", lambda: self.experiment.log({"samples": samples_table(rows), "iteration": step}))
+        self._attempt("log samples", lambda: self._log_at(step, {"samples": samples_table(rows)}))
+
+    def _log_at(self, step: int, objects: Mapping[str, Any]) -> None:
+        self.experiment.log({**objects, "iteration": step, "attempt": self._attempts})
 
     @rank_zero_only
     def log_distributions(self, values: Mapping[str, Sequence[float]], step: int) -> None:
@@ -229,7 +238,7 @@ class WandbLogger(LightningWandbLogger):
 
         What is not finite is left out. `step` is the iteration.
         """
-        self._attempt("log distributions", lambda: self.experiment.log({**distributions(values), "iteration": step}))
+        self._attempt("log distributions", lambda: self._log_at(step, distributions(values)))
 
     @rank_zero_only
     def log_objects(self, what: str, make: Callable[[], Mapping[str, Any]]) -> None:
@@ -243,12 +252,29 @@ class WandbLogger(LightningWandbLogger):
 
     @rank_zero_only
     def resume_from(self, iteration: int) -> None:
-        """Notes in the config which earlier run of this folder a new one continues; nothing for a fresh run (-1)."""
+        """Notes in the config which earlier run of this folder a new one continues; nothing for a fresh run (-1).
+
+        Rows of iterations after `iteration`, logged here or before, get successors with a larger `attempt`.
+        """
         config = self.experiment.config
+        self._attempt("count its attempts", lambda: self._count_attempts(iteration))
         if iteration < 0:
             self._previous_id = None  # whoever used the folder before
         elif self._previous_id not in (None, self.experiment.id):
             self._attempt("log the configuration", lambda: config.update({"resumed_from": self._previous_id}))
+
+    def _count_attempts(self, iteration: int) -> None:
+        file = Path(self._save_dir, "wandb", _ATTEMPTS)
+        if iteration < 0:
+            self._attempts = 0
+        elif self._last is None:  # the first word of a run that continues
+            self._attempts = int(file.read_text()) + 1 if file.exists() else 0
+        elif self._last > iteration:
+            self._attempts += 1
+        self._last = iteration
+        if not self.experiment.disabled:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, str(self._attempts))
 
     def _log_inputs(self, params: dict[str, Any] | Namespace) -> None:
         if self.experiment.disabled:  # a _NoRun is, too
@@ -295,6 +321,7 @@ class WandbLogger(LightningWandbLogger):
             self.finish(exit_code=1)
 
 
+_ATTEMPTS = "attempts.txt"
 _NOT_IN_PROJECTS = "/\\#?%:"
 
 #: ids of the runs that loggers of this process opened

@@ -105,6 +105,7 @@ class Policy(nn.Module):
         attention: str | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        trust_remote_code: bool = False,
     ) -> "Policy":
         """Loads a policy by hub name, by folder, or by a short name such as ``smollm2`` (see ``lit-rlhf fetch``).
 
@@ -112,18 +113,19 @@ class Policy(nn.Module):
         the reference is the model that the run starts from. A folder with Q heads (of ILQL or deep Q-learning) gives a
         policy whose logits they guide, see ``models/guided.py``. ``attention`` names one of transformers'
         implementations; None takes its choice, and where that is ``sdpa`` what fits, see ``models/attention.py``.
+        ``trust_remote_code`` runs the Python code that comes with a model, which can do anything.
 
         Raises:
             UserError: nothing can be loaded from ``path``.
         """
         folder = resolve_model(path)
-        settings = {"dtype": torch.float32, "attn_implementation": attention, **NO_CODE}
+        settings = {"dtype": torch.float32, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
         try:
             if (Path(folder) / "adapter_config.json").exists():
                 model = AutoPeftModelForCausalLM.from_pretrained(folder, **settings).merge_and_unload()
             else:
                 model = AutoModelForCausalLM.from_pretrained(folder, **settings)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # of whatever is in the folder
             raise not_loaded("policy.path", path, "causal language model", error) from error
         if attention is None:

@@ -16,7 +16,7 @@ from transformers import (
 from lit_rlhf.distributed import rank, whole
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.attention import use_fitting_attention
-from lit_rlhf.models.sources import NO_CODE, not_loaded, resolve_model
+from lit_rlhf.models.sources import not_loaded, resolve_model
 
 _NO_LIMIT = 10**6  # tokenizers without a length limit say 1e30
 
@@ -58,24 +58,28 @@ class Scorer(nn.Module):
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_pretrained(cls, *, path: str, labels: int | None = None, max_length: int | None = None) -> "Scorer":
+    def from_pretrained(
+        cls, *, path: str, labels: int | None = None, max_length: int | None = None, trust_remote_code: bool = False
+    ) -> "Scorer":
         """Loads a model by hub name, folder or short name (``minilm``).
 
         Args:
             path: where the model is.
             labels: number of outputs; a head of another size is made anew, at random. None keeps the model's own head.
             max_length: see the class.
+            trust_remote_code: run the Python code that comes with the model, which can do anything.
 
         Raises:
             UserError: nothing can be loaded from ``path``, or it has no classification head and ``labels`` is None.
         """
         folder = resolve_model(path)
+        trust = {"trust_remote_code": trust_remote_code}
         options = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
         try:
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, **NO_CODE, **options
+                folder, dtype=torch.float32, output_loading_info=True, **trust, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
         except Exception as error:  # of whatever is in the folder
             raise not_loaded("path", path, "sequence classifier", error) from error
         use_fitting_attention(model)

@@ -63,7 +63,7 @@ HUB_IDS = {
 }
 LIBRARIES = ("torch", "transformers", "gguf", "huggingface_hub")  # whose versions source.json records
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
-#: For everything that transformers loads. By default it asks at the terminal whether to run a model's own code.
+#: For what transformers loads unless a config names ``trust_remote_code``. By default it asks at the terminal.
 NO_CODE = {"trust_remote_code": False}
 HUB_TIMEOUT = 5.0  # seconds for the one request that decides whether the hub can be reached
 
@@ -142,8 +142,9 @@ def _reason(error: Exception) -> str:
         )
     if "trust_remote_code" in text:
         return (
-            "it needs Python code that comes with it, which is never run (trust_remote_code is off). Choose a model of "
-            "a kind that transformers knows"
+            "it needs Python code that comes with it, which is not run unless you name it. Choose a model of a kind "
+            "that transformers knows or, having read that code, set trust_remote_code=true of policy=pretrained, "
+            "reward=model or algorithm=reward_model"
         )
     return f"{type(error).__name__}: {text}" if not isinstance(error, OSError | ValueError) else text
 

@@ -29,6 +29,7 @@ class ModelReward:
         on: ``text`` scores the prompt with its completion, ``completion`` the completion alone. A chat prompt is never
             part of the text.
         positive_label: name or number of the label that is wanted; required with several labels.
+        trust_remote_code: run the Python code that comes with the model, which can do anything.
 
     Raises:
         UserError: nothing to load, no such label, or a label missing.
@@ -44,13 +45,15 @@ class ModelReward:
         max_length: int | None = None,
         on: Scope = "text",
         positive_label: str | int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.batch_size = check_int("reward.batch_size", batch_size, at_least=1)
         self.on = check_scope(on)
         if max_length is not None:
             check_int("reward.max_length", max_length, at_least=1)
         try:
-            scorer = Scorer.from_pretrained(path=check_text("reward.path", path), max_length=max_length)
+            check_text("reward.path", path)
+            scorer = Scorer.from_pretrained(path=path, max_length=max_length, trust_remote_code=trust_remote_code)
         except UserError as error:  # of an argument of the same name
             raise UserError(f"reward.{error}" if str(error).startswith("path=") else str(error)) from error
         self.scorer = scorer.eval().requires_grad_(False)
