@@ -256,7 +256,7 @@ def test_deepspeed_is_refused_by_name(trainer):
     run.strategy.__class__ = type("Strategy", (DeepSpeedStrategy,), {})  # making one needs the package
     module = processes.ppo()
     module._trainer = run
-    with pytest.raises(UserError, match=r"trainer.strategy is DeepSpeed, which is not supported: it loads .* trainer=fsdp2"):
+    with pytest.raises(UserError, match=r"strategy is DeepSpeed, which is not supported: it loads .* trainer=fsdp2"):
         module.setup("fit")
 
 

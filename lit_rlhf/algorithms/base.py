@@ -304,8 +304,8 @@ class Algorithm(L.LightningModule):
         # Every process sees all prompts and batches and takes its share of their rows itself.
         self.trainer._accelerator_connector.use_distributed_sampler = False
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            # Its engine also takes the steps over: it clips, accumulates and steps by itself, so that the step guard sees
-            # no gradient, and Lightning's plugin for it neither takes our frozen batches nor our backward pass.
+            # Its engine also takes the steps over: it clips, accumulates and steps by itself. Lightning's plugin for it
+            # takes neither frozen batches nor a backward pass that halves them.
             raise UserError(
                 "trainer.strategy is DeepSpeed, which is not supported: it loads checkpoints as pickles, which can run "
                 "code, and leaves no way to skip a step whose gradient is not finite. trainer=fsdp2 shards weights, "
