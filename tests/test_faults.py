@@ -7,22 +7,21 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 import torch
 from command_line import ROOT, TINY, environment, run_here
 from safetensors.torch import load_file, save_file
 
-from tests.faults.campaign import FAULTS, plan
+from tests.faults.campaign import FAULTS, FAULTS_OF_SEVERAL, plan
 from tests.faults.comparison import compare
-from tests.faults.tasks import algorithms, is_offline
+from tests.faults.tasks import algorithms, is_offline, is_several, joins
 
 
 def test_runs_that_are_killed_preempted_and_damaged_end_as_if_nothing_had_happened(tmp_path):
-    command = [sys.executable, "-m", "tests.faults", "--algorithms", "grpo", "sft", "--faults", "2"]
+    command = [sys.executable, "-m", "tests.faults", "--algorithms", "grpo+guard", "sft", "--faults", "1"]
     result = subprocess.run(command, cwd=ROOT, env=environment(TMPDIR=tmp_path), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     (total,) = [line.split() for line in result.stdout.splitlines() if line.startswith("all ")]
-    assert total == ["all", "4", "4", "0", "0"]
+    assert total == ["all", "2", "2", "0", "0"]
 
 
 def test_every_algorithm_and_every_fault_has_its_turn():
@@ -35,13 +34,9 @@ def test_every_algorithm_and_every_fault_has_its_turn():
     assert {"sft", "reward_model", "dpo", "cdpo", "dqn"} <= offline
     assert not {"ppo", "trpo", "online_dpo"} & offline
     assert not any("kill in rollout" in chosen[name] for name in offline)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults") / "whole"
-    assert run_here("train", *TINY, "trainer.max_epochs=2", f"paths.output_dir={folder}").code == 0
-    return folder
+    several = {name for name in joins() if is_several(name)}
+    assert {fault for name in several for fault in plan([name], 2, random.Random(0))[name]} == set(FAULTS_OF_SEVERAL)
+    assert {name.partition("+")[0] for name in joins()} <= set(algorithms())
 
 
 def weight(run):
@@ -102,10 +97,26 @@ def clock(run):
     return 0, 0
 
 
-@pytest.mark.parametrize("change", [weight, moment, tokens, row, doubled, value, clock])
-def test_the_comparison_counts_bits_and_rows_that_differ_but_not_times(whole, tmp_path, change):
-    shutil.copytree(whole, tmp_path / "cut", symlinks=True)
-    expected = change(tmp_path / "cut")
-    found = compare(whole, tmp_path / "cut")
-    assert (found.bits, found.rows) == expected
-    assert bool(found.where) == any(expected)
+def best(run):
+    """Another one is the best, and it is not the newest."""
+    checkpoints = run / "checkpoints"
+    newest = (checkpoints / "last.ckpt").resolve()
+    (other,) = [path for path in checkpoints.glob("step=*.ckpt") if path.resolve() != newest]
+    (checkpoints / "best.ckpt").unlink()
+    (checkpoints / "best.ckpt").symlink_to(other.name)
+    return None, 0  # its name, and all that differs in it
+
+
+def test_the_comparison_counts_bits_and_rows_that_differ_but_not_times(tmp_path):
+    whole = tmp_path / "whole"
+    assert run_here("train", *TINY, "trainer.max_epochs=2", f"paths.output_dir={whole}").code == 0
+    (whole / "checkpoints" / "best.ckpt").unlink(missing_ok=True)
+    (whole / "checkpoints" / "best.ckpt").symlink_to((whole / "checkpoints" / "last.ckpt").readlink())
+    for change in (weight, moment, tokens, row, doubled, value, clock, best):
+        cut = tmp_path / change.__name__
+        shutil.copytree(whole, cut, symlinks=True)
+        bits, rows = change(cut)
+        found = compare(whole, cut)
+        assert found.bits == bits if bits is not None else found.bits > 0, change.__name__
+        assert found.rows == rows, change.__name__
+        assert bool(found.where) == (bits != 0 or rows != 0), change.__name__

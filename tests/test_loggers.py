@@ -280,6 +280,22 @@ def test_a_row_that_takes_the_place_of_another_is_known_by_its_attempt(tmp_path)
     assert runs(tmp_path)[-1].history[0]["attempt"] == 0
 
 
+def test_an_offline_run_that_continues_has_the_rows_so_far_which_a_kill_can_have_lost(tmp_path):
+    rows = [{"a": iteration / 3, "episode": 8 * iteration} for iteration in range(4)]
+    first = WandbLogger(save_dir=tmp_path)
+    for logger in (first, CSVLogger(save_dir=tmp_path)):
+        logger.resume_from(-1)
+        for iteration, row in enumerate(rows):
+            logger.log_metrics(row, step=iteration)
+    first.finish()
+    resumed = WandbLogger(save_dir=tmp_path)
+    resumed.resume_from(2)
+    resumed.log_metrics(rows[3], step=3)
+    resumed.finish()
+    history = [{k: v for k, v in row.items() if not k.startswith("_")} for row in runs(tmp_path)[-1].history]
+    assert history == [{"iteration": i, **row, "attempt": 1} for i, row in enumerate(rows)]
+
+
 def test_a_resumed_run_is_new_in_the_same_group_and_names_the_old_one(tmp_path):
     for iteration in (-1, 2, -1):
         logger = WandbLogger(save_dir=tmp_path, group="g")

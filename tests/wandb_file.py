@@ -23,6 +23,8 @@ def records(path: Path) -> list[Record]:
             position += BLOCK - position % BLOCK
             continue
         length, kind = struct.unpack_from("<HB", data, position + 4)
+        if position + HEAD + length > len(data):
+            break  # a kill cut it short
         parts += data[position + HEAD : position + HEAD + length]
         position += HEAD + length
         if kind in (1, 4):

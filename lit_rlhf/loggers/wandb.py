@@ -20,7 +20,7 @@ from lit_rlhf.loggers.wandb_objects import distributions, input_artifacts, outpu
 from lit_rlhf.metrics import AXES
 from lit_rlhf.preemption import Preempted
 from lit_rlhf.redact import redact
-from lit_rlhf.run_folder import METRICS, replace_file
+from lit_rlhf.run_folder import METRICS, read_metrics, replace_file
 
 
 class _NoRun:
@@ -54,7 +54,8 @@ class WandbLogger(LightningWandbLogger):
 
     A run that continues from a checkpoint in its folder goes on in the same W&B run if that one was online. Offline it
     is a new run of the same group, with the id of the run before it as `resumed_from` in its config: two offline runs
-    of one id would overwrite each other when synced.
+    of one id would overwrite each other when synced. It begins with the rows so far, from metrics.csv: what wandb has
+    not written to the disk when a run is killed is lost.
 
     W&B cannot take a row back. So every row carries in `attempt` how often the run was resumed or rolled back before:
     of two rows of one iteration, in one run or in a group, the one with the larger `attempt` counts.
@@ -271,8 +272,12 @@ class WandbLogger(LightningWandbLogger):
             self._attempts = int(file.read_text()) + 1 if file.exists() else 0
         elif self._last > iteration:
             self._attempts += 1
-        self._last = iteration
+        began, self._last = self._last is None, iteration
         if not self.experiment.disabled:
+            if began and self._attempts and not self._same_run:
+                for row in read_metrics(Path(self._save_dir)):
+                    if row["iteration"] <= iteration:
+                        self.experiment.log({**row, "attempt": self._attempts})
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(file, str(self._attempts))
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for its helpers
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--algorithms", nargs="+", default=None, help="members of conf/algorithm; all by default")
+    parser.add_argument("--algorithms", nargs="+", default=None, help="or joins such as grpo+guard; default: all")
     parser.add_argument("--faults", type=int, default=5, help="for each algorithm")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of faults and moments")
     options = parser.parse_args()
@@ -26,7 +26,7 @@ def main() -> int:
     import lit_rlhf.report_charts
     import lit_rlhf.train  # noqa: F401
     from tests.faults.campaign import KILLS, run_campaign
-    from tests.faults.tasks import algorithms
+    from tests.faults.tasks import algorithms, joins
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -34,7 +34,8 @@ def main() -> int:
         write_ratings(Path(folder) / "cache", 120)
         save_classifier(Path(folder) / "encoder")
         rows, problems = run_campaign(
-            Path(folder), options.algorithms or algorithms(), options.faults, options.seed, Path(folder) / "encoder",
+            Path(folder), options.algorithms or [*algorithms(), *joins()], options.faults, options.seed,
+            Path(folder) / "encoder",
             lambda line: print(line, flush=True),
         )  # fmt: skip
     heads = ("algorithm", "fault", "injected", "resumed", "bits different", "rows lost")

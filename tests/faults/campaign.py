@@ -16,7 +16,7 @@ from lit_rlhf.preemption import PREEMPTED
 from tests.faults import injection
 from tests.faults.comparison import compare
 from tests.faults.injection import PLACES, Places, run_command
-from tests.faults.tasks import command, is_offline
+from tests.faults.tasks import command, is_meant, is_offline, is_several
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Campaign:
 
     Args:
         folder: where everything goes.
-        algorithm: a member of conf/algorithm.
+        algorithm: a member of conf/algorithm, or one of ``tasks.joins``.
         encoder: a model for ``algorithm=reward_model`` to start from.
         rng: chooses the moments.
     """
@@ -59,6 +59,8 @@ class Campaign:
             raise RuntimeError(f"the undisturbed run of {algorithm} failed:\n{ended.text}")
         self.counts = json.loads((self.folder / "counts.json").read_text())
         self.seconds = ended.seconds
+        if not is_meant(algorithm, self.folder / "whole"):
+            self.problems.append(f"{algorithm}: nothing of what it is about happened in the undisturbed run")
 
     def start(
         self, run: str, place: str | None = None, number: int = 0, strike: Callable[[], None] = injection.kill,
@@ -70,12 +72,15 @@ class Campaign:
         began = time.monotonic()
         out, into = os.pipe()
         if (child := os.fork()) == 0:
+            os.setsid()
             os.chdir(self.folder)
+            if strike is kill_one:
+                os.environ["STRIKE"] = str(number)
             run_command(arguments, Places(folder, place, number, strike), counts, into)
         os.close(into)
         if after is not None:
             time.sleep(after)
-            os.kill(child, signal.SIGKILL)
+            os.killpg(child, signal.SIGKILL)  # with the processes that it started
         with open(out, errors="replace") as printed:
             text = printed.read()
         return Ended(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text, time.monotonic() - began)
@@ -83,10 +88,11 @@ class Campaign:
     def inject(self, fault: str) -> None:
         """Lets one fault happen in the run ``cut``, from wherever that is; begins a new one if that is complete."""
         for attempt in range(8):
-            strike, places = FAULTS[fault]
+            strike, places = {**FAULTS, **FAULTS_OF_SEVERAL}[fault]
             place = self.rng.choice([p for p in places if self.counts.get(p)] or ["update"])
             # A run that was begun before has less to do: look for an early moment if none was reached.
-            number = self.rng.randint(1, max(1, self.counts[place] // (attempt + 1)))
+            passed = PHASES if fault == KILL_ONE else self.counts.get(place, 0)
+            number = self.rng.randint(1, max(1, passed // (attempt + 1)))
             if fault in DAMAGES:  # late, when there are two checkpoints
                 self.finish(self.start("cut"))
                 number = self.counts[place] - number // 3
@@ -105,6 +111,8 @@ class Campaign:
         self.problems.append(f"{self.algorithm}: no moment was found for '{fault}'")
 
     def has_happened(self, fault: str, place: str, number: int, ended: Ended) -> bool:
+        if fault == KILL_ONE:
+            return ended.code == 1 and "process 1 of 2 ended early" in ended.text
         expected = {"disk full": 1, "SIGTERM": PREEMPTED, "SIGUSR1": PREEMPTED}.get(fault, -signal.SIGKILL)
         if ended.code == expected:
             if fault == "disk full" and "cannot be written" not in ended.text:
@@ -151,7 +159,13 @@ class Campaign:
         shutil.rmtree(self.folder / "cut", ignore_errors=True)
 
 
+def kill_one() -> None:
+    """Stands for what ``parts.Struck`` does in a process that the run has started."""
+
+
 _WORK = ("rollout", "scoring", "update")
+KILL_ONE = "kill one of two"
+PHASES = 40  # and steps, that a process of a run of two passes at least
 #: name -> (what is done, the places where it may be done)
 FAULTS: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "kill at any moment": (injection.kill, ("update",)),
@@ -163,7 +177,9 @@ FAULTS: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "SIGUSR1": (injection.preempt, _WORK),
 }
 DAMAGES = ("newest cut short", "a bit flipped")
-KILLS = [name for name in FAULTS if name.startswith("kill")]
+#: Those of a run in several processes, where only what comes from outside can be told where to strike.
+FAULTS_OF_SEVERAL = {"kill at any moment": FAULTS["kill at any moment"], KILL_ONE: (kill_one, ("phases",))}
+KILLS = [KILL_ONE, *(name for name in FAULTS if name.startswith("kill"))]
 
 
 def plan(algorithms: list[str], faults: int, rng: random.Random) -> dict[str, list[str]]:
@@ -171,6 +187,10 @@ def plan(algorithms: list[str], faults: int, rng: random.Random) -> dict[str, li
     chosen: dict[str, list[str]] = defaultdict(list)
     queue: list[str] = []
     for algorithm in algorithms:
+        if is_several(algorithm):
+            kinds = list(FAULTS_OF_SEVERAL)
+            chosen[algorithm] = [kinds[number % len(kinds)] for number in range(faults)]
+            continue
         cannot = {"kill in rollout", "kill in scoring"} if is_offline(algorithm) else set()
         while len(chosen[algorithm]) < faults:
             possible = [name for name in queue if name not in cannot]

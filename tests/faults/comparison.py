@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.wandb_file import WandbFile, records
+
 
 @dataclass
 class Difference:
@@ -20,7 +22,7 @@ class Difference:
 
 
 def compare(whole: Path, cut: Path) -> Difference:
-    """Weights of ``model/``, the newest checkpoint, metrics but for times, and samples."""
+    """Weights of ``model/``, the newest and the best checkpoint, metrics but for times, samples, and rows in W&B."""
     found = Difference()
     names = [sorted(str(p.relative_to(run)) for p in (run / "model").rglob("*") if p.is_file()) for run in (whole, cut)]
     _same("files of model/", *names, found)
@@ -30,10 +32,14 @@ def compare(whole: Path, cut: Path) -> Difference:
                 _same(name, load_file(whole / name), load_file(cut / name), found)
             elif (whole / name).read_bytes() != (cut / name).read_bytes():
                 _note(name, 1, found)
-    stored = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, cut)]
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "lit_rlhf"):
-        _same(f"last.ckpt {key}", stored[0][key], stored[1][key], found)
-    for path, read in (("metrics.csv", _metrics), ("samples.jsonl", _lines)):
+    for name in ("last.ckpt", "best.ckpt"):
+        stored = [_checkpoint(run / "checkpoints" / name) for run in (whole, cut)]
+        for key in ("name", "state_dict", "optimizer_states", "lr_schedulers", "global_step", "lit_rlhf"):
+            _same(f"{name} {key}", stored[0].get(key), stored[1].get(key), found)
+        if all(len({(run / "checkpoints" / link).resolve() for link in ("last.ckpt", "best.ckpt")}) == 1
+               for run in (whole, cut)):  # fmt: skip
+            break  # the newest is the best
+    for path, read in (("metrics.csv", _metrics), ("samples.jsonl", _lines), ("wandb", _wandb)):
         one, two = read(whole / path), read(cut / path)
         if one != two:
             lost = abs(len(one) - len(two)) or sum(a != b for a, b in zip(one, two, strict=True))
@@ -49,6 +55,23 @@ def _clock(name: str) -> bool:
 def _metrics(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return [{k: v for k, v in row.items() if not _clock(k)} for row in csv.DictReader(file)]
+
+
+def _checkpoint(link: Path) -> dict[str, Any]:
+    """What it holds, and the name that the link leads to; nothing if there is none."""
+    return {"name": link.resolve().name, **torch.load(link, weights_only=True)} if link.exists() else {}
+
+
+def _wandb(folder: Path) -> list[dict[str, Any]]:
+    """Of the rows of all runs, for every iteration the one that counts, without its attempt."""
+    if not folder.is_dir():
+        return []
+    # A kill can come before a run's first record.
+    files = [path for path in folder.glob("*run-*/*.wandb") if any(record.HasField("run") for record in records(path))]
+    rows = [row for path in files for row in WandbFile(path).history if "policy/updates" in row]
+    last = {row["iteration"]: row for row in sorted(rows, key=lambda row: row["attempt"])}
+    left_out = ("attempt", "_step", "_runtime", "_timestamp")
+    return [{k: v for k, v in last[number].items() if k not in left_out and not _clock(k)} for number in sorted(last)]
 
 
 def _lines(path: Path) -> list[str]:

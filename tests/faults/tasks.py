@@ -1,10 +1,13 @@
 """The tiny run of every algorithm, as a command line."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import yaml
 
 from lit_rlhf.config import CONFIG_DIR
+from lit_rlhf.run_folder import read_metrics
 
 _SHARED = [
     "policy=tiny", "policy.hidden_size=16", "policy.intermediate_size=16", "logger=csv", "trainer.accelerator=cpu",
@@ -27,8 +30,51 @@ _OWN = {
 }  # fmt: skip
 
 
+def _above_0(column: str) -> Callable[[Path], bool]:
+    return lambda run: any(row.get(column, 0) > 0 for row in read_metrics(run))
+
+
+def _halved(run: Path) -> bool:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["lit_rlhf"]["halving"] == ["update"]
+
+
+#: <algorithm>+<join> is that algorithm's run with more that can go wrong in it: the arguments, and whether it did.
+JOINS: dict[str, tuple[str, list[str], Callable[[Path], bool]]] = {
+    "guard": (
+        "grpo", ["callbacks=kl_guard", "callbacks.kl_guard.max_kl=0.7", "optimizer.lr=0.03"],
+        _above_0("kl_guard/rollbacks"),
+    ),
+    "wandb": (
+        "ppo", ["logger=csv_wandb", "logger.wandb.mode=offline"], lambda run: any(run.glob("wandb/*run-*/*.wandb")),
+    ),
+    "reward": (
+        "rloo", ["reward=none", "+reward._target_=tests.faults.parts.Flaky"], _above_0("rollout/skipped_batches"),
+    ),
+    "memory": ("grpo", ["+callbacks.tight._target_=tests.faults.parts.Tight", "+callbacks.tight.rows=16"], _halved),
+    "two": (
+        "ppo", ["trainer=ddp", "trainer.devices=2", "+callbacks.struck._target_=tests.faults.parts.Struck"],
+        _above_0("time/gather"),
+    ),
+}  # fmt: skip
+
+
+def joins() -> list[str]:
+    return [f"{algorithm}+{name}" for name, (algorithm, *_) in JOINS.items()]
+
+
+def is_several(task: str) -> bool:
+    """Whether a task's run has several processes."""
+    return task.endswith("+two")
+
+
+def is_meant(task: str, run: Path) -> bool:
+    """Whether what a join is about went wrong in a run of it."""
+    return "+" not in task or JOINS[task.partition("+")[2]][2](run)
+
+
 def is_offline(algorithm: str) -> bool:
     """Whether an algorithm learns from fixed data."""
+    algorithm = algorithm.partition("+")[0]
     defaults = yaml.safe_load((CONFIG_DIR / "algorithm" / f"{algorithm}.yaml").read_text())["defaults"]
     based = [d.removeprefix("/algorithm/") for d in defaults if isinstance(d, str) and d in algorithms()]
     return {"override /callbacks": "offline"} in defaults or any(map(is_offline, based))
@@ -39,8 +85,12 @@ def algorithms() -> list[str]:
 
 
 def command(algorithm: str, folder: Path, encoder: Path) -> list[str]:
-    """The arguments of ``lit-rlhf`` that train in ``folder``, and continue there."""
+    """The arguments of ``lit-rlhf`` that train in ``folder``, and continue there.
+
+    ``algorithm`` is a member of conf/algorithm, or one of ``joins``.
+    """
+    algorithm, _, join = algorithm.partition("+")
     kind = _OFFLINE if is_offline(algorithm) else _ONLINE
     shared = [f"algorithm.model_path={encoder}", *_SHARED[3:]] if algorithm == "reward_model" else _SHARED
-    own = _OWN.get(algorithm, [])
+    own = [*_OWN.get(algorithm, []), *(JOINS[join][1] if join else [])]
     return ["train", f"algorithm={algorithm}", *shared, *kind, *own, f"paths.output_dir={folder}", "ckpt_path=auto"]
