@@ -13,7 +13,7 @@ from lit_rlhf.config import CONFIG_DIR, command, instantiate, refuse_unknown
 from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.bench import POLICY, REFERENCE, Bench, Measured, Subject, contestants, prefer
 from lit_rlhf.evaluation.held_out import measure_pairs
-from lit_rlhf.evaluation.policies import ENDING, exported
+from lit_rlhf.evaluation.policies import ENDING, exported, policy_config, run_of
 from lit_rlhf.evaluation.summary import differences, win_rates
 from lit_rlhf.imports import find
 from lit_rlhf.overrides import quote
@@ -97,7 +97,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
 def describe(config: DictConfig) -> dict[str, str]:
     """What the names of policies stand for, as far as the command says it."""
-    policy = config.run or (config.checkpoint if str(config.checkpoint).endswith(ENDING) else "")
+    policy = config.run or (config.checkpoint if _is_path(config.checkpoint) else "")
     if config.get("policy"):
         policy = config.policy.get("path", config.policy._target_)
     elif config.run is not None:
@@ -128,31 +128,26 @@ def find_subject(config: DictConfig, output: Path) -> Subject:
     given = {part: config[part] for part in _PARTS if config.get(part)}
     stored, checkpoint = _stored(config), None
     online = stored is not None and find("algorithm._target_", stored.algorithm._target_).online
-    base = stored if online else compose_stage(["algorithm=reinforce"])  # which has no critic
-    texts, pairs = config.get("text"), config.get("pairs")
+    held_out: dict[str, Any] = {}
     if online:
-        checkpoint = None if "policy" in given else _checkpoint(config)
+        base = stored
     else:
+        base = compose_stage(["algorithm=reinforce"])  # which has no critic
         base.policy = base.data = base.reward = None
-    if stored is not None and not online:
-        base.seed = stored.seed
-        base.trainer.update({key: stored.trainer[key] for key in ("accelerator", "precision")})
-        if config.run is None:
-            base.policy, checkpoint = stored.get("policy"), None if "policy" in given else _checkpoint(config)
-        elif config.checkpoint != "last":
-            raise UserError(f"checkpoint={config.checkpoint}: of an offline run eval takes the model, or a file's path")
-        elif "policy" in stored:
-            base.policy = {"_target_": "lit_rlhf.models.Policy.from_pretrained", "path": str(exported(config.run))}
-            texts = texts or (stored.data if stored.algorithm._target_.endswith(".SFT") else None)
-        else:
-            model, on = str(exported(config.run)), stored.algorithm.get("on", "text")
-            base.reward = {"_target_": "lit_rlhf.rewards.ModelReward", "path": model, "on": on}
-            pairs = pairs or stored.data
+        if stored is not None:
+            base.seed = stored.seed
+            base.trainer.update({key: stored.trainer[key] for key in ("accelerator", "precision")})
+        if config.run is not None:
+            held_out = _take_offline(base, stored, config)
+    if "policy" not in given and (online or (config.run is None and _is_path(config.checkpoint))):
+        checkpoint = _checkpoint(config)
+        if not online:
+            base.policy = policy_config(checkpoint, read_checkpoint(checkpoint))
     OmegaConf.set_struct(base, False)
     for part, node in given.items():
         base[part] = node
     base.update({"paths": {"output_dir": str(output)}, "logger": None, "callbacks": None})
-    base.update({"text": texts, "pairs": pairs})
+    base.update({name: config.get(name) or held_out.get(name) for name in ("text", "pairs")})
     base.trainer.update({"enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 1.0})
     base.trainer.update({"devices": 1, "num_nodes": 1, "strategy": "auto"})  # of a run in several processes, too
     for part, node in config.overrides.items():
@@ -175,28 +170,39 @@ def find_subject(config: DictConfig, output: Path) -> Subject:
     return Subject(base, checkpoint, started, own_reward, frozenset(measures))
 
 
+def _take_offline(base: DictConfig, stored: DictConfig, config: DictConfig) -> dict[str, Any]:
+    """Puts the model of an offline run into ``base``: a policy, or a reward; says what it was validated on."""
+    if config.checkpoint != "last":
+        raise UserError(f"checkpoint={config.checkpoint}: of an offline run eval takes the model, or a path")
+    model = str(exported(config.run))
+    if "policy" in stored:
+        base.policy = {"_target_": "lit_rlhf.models.Policy.from_pretrained", "path": model}
+        return {"text": stored.data} if stored.algorithm._target_.endswith(".SFT") else {}
+    base.reward = {"_target_": "lit_rlhf.rewards.ModelReward", "path": model, "on": stored.algorithm.get("on", "text")}
+    return {"pairs": stored.data}
+
+
 def _stored(config: DictConfig) -> DictConfig | None:
-    """The config of the run that is named, or of that which wrote the checkpoint that is named by its path."""
-    if config.run is not None:
-        folder = Path(config.run)
-        try:
-            stored: Any = OmegaConf.load(folder / CONFIG)
-        except FileNotFoundError:
-            raise UserError(f"run={folder} is no run folder: it has no {CONFIG}") from None
-        except Exception as error:  # of YAML or OmegaConf
-            raise UserError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
-        place = folder / CONFIG
-    elif str(config.checkpoint).endswith(ENDING):
-        place = Path(config.checkpoint)
-        if not place.exists():
-            raise UserError(f"checkpoint={place} does not exist")
-        stored = OmegaConf.create(read_checkpoint(place)["config"] or {})
-    else:
+    """The config of the run that is named, or in whose folder the checkpoint lies that is named by its path."""
+    folder = Path(config.run) if config.run is not None else None
+    if folder is None and _is_path(config.checkpoint):
+        folder = run_of(_checkpoint(config))
+    if folder is None:
         return None
+    try:
+        stored: Any = OmegaConf.load(folder / CONFIG)
+    except FileNotFoundError:
+        raise UserError(f"run={folder} is no run folder: it has no {CONFIG}") from None
+    except Exception as error:  # of YAML or OmegaConf
+        raise UserError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
     if missing := {"algorithm", "data", "trainer", "paths", "seed"} - set(stored):
-        raise UserError(f"{place} is not of a run: its config has no '{min(missing)}'")
+        raise UserError(f"{folder / CONFIG} is not the config of a run: it has no '{min(missing)}'")
     stored.pop("precision_used", None)
     return stored
+
+
+def _is_path(checkpoint: str | None) -> bool:
+    return str(checkpoint).endswith(ENDING)
 
 
 def _checkpoint(config: DictConfig) -> Path | None:
@@ -204,7 +210,7 @@ def _checkpoint(config: DictConfig) -> Path | None:
     if config.checkpoint is None:
         return None
     name = str(config.checkpoint)
-    path = Path(name) if name.endswith(ENDING) else Path(config.run) / "checkpoints" / f"{name}{ENDING}"
+    path = Path(name) if _is_path(name) else Path(config.run) / "checkpoints" / f"{name}{ENDING}"
     if not path.exists():
         raise UserError(f"checkpoint={name}: {path} does not exist")
     return path

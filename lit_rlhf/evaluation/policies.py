@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.config import instantiate
 from lit_rlhf.distributed import whole_checkpoint
@@ -15,13 +15,15 @@ from lit_rlhf.train import newest_good, read_checkpoint
 
 #: Of a checkpoint file; FSDP2's is a folder of such a name.
 ENDING = ".ckpt"
+#: What makes a policy and runs nobody else's code.
+_LOADERS = ("lit_rlhf.models.Policy.from_pretrained", "lit_rlhf.models.Policy.from_config")
 
 
 def load_policy(name: str) -> Policy:
     """The policy that ``name`` stands for, in evaluation mode.
 
-    A run folder means the model that it exported, or, while it has none, its newest checkpoint. A checkpoint file holds
-    the config of its run, from which the rest of the policy is made.
+    A run folder means the model that it exported, or, while it has none, its newest checkpoint. A checkpoint holds what
+    was trained; see ``policy_config`` for the rest.
 
     Raises:
         UserError: there is no such policy.
@@ -43,12 +45,39 @@ def exported(name: str) -> Path | str:
 
 def _of_checkpoint(path: Path) -> Policy:
     stored = read_checkpoint(path)
-    config = stored["config"]
-    if not config or not config.get("policy"):
-        raise UserError(f"{path} holds no policy of a run: its config names none")
-    policy = instantiate(OmegaConf.create(config["policy"]), "policy")
+    policy = instantiate(policy_config(path, stored), "policy")
     load_weights(policy, path, stored)
     return policy
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder in whose ``checkpoints`` a checkpoint lies, if it does."""
+    folder = path.resolve().parent.parent
+    return folder if (folder / CONFIG).exists() else None
+
+
+def policy_config(path: Path, stored: dict[str, Any]) -> DictConfig:
+    """What a checkpoint's policy is made from, by its run's config, or by itself where it lies elsewhere.
+
+    A run folder's config is code, which its user trusts; a file that comes from somewhere is not, so of its own config
+    only a policy that this package loads is taken.
+
+    Raises:
+        UserError: there is no such policy.
+    """
+    run = run_of(path)
+    if run is not None:
+        config = OmegaConf.load(run / CONFIG).get("policy")
+    else:
+        config = OmegaConf.create((stored["config"] or {}).get("policy") or {})
+        plain = OmegaConf.to_container(config, resolve=False)
+        nested = any("_target_" in part for part in plain.values() if isinstance(part, dict))
+        if config and (plain.get("_target_") not in _LOADERS or nested):
+            made_by = plain.get("_target_")
+            raise UserError(f"{path} is of a policy made by {made_by!r}, which could run anything; name its run folder")
+    if not config:
+        raise UserError(f"{path} holds no policy")
+    return config
 
 
 def load_weights(policy: Policy, path: Path, stored: dict[str, Any]) -> None:

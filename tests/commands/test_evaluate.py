@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import TINY, run_here, write_module
 from tiny import tiny_policy
 
@@ -232,7 +233,9 @@ def test_a_policy_is_named_by_a_run_a_checkpoint_or_a_model(here):
     chosen.append("sampler.max_new_tokens=4")
     by_run, _ = evaluation("policy=one")
     completions = [row["completion"] for row in samples()]
-    assert evaluation("policy=moved.ckpt")[0]["policies"] == by_run["policies"]
+    assert evaluation(f"policy={checkpoint}")[0]["policies"] == by_run["policies"]
+    lone, _ = evaluation("policy=moved.ckpt", *chosen, "reward.target=4", "+overrides.trainer.precision=32-true")
+    assert lone["policies"]["policy"]["1"] == by_run["policies"]["policy"]["1"]
     assert evaluation("run=one", "checkpoint=moved.ckpt")[0]["policies"] == by_run["policies"]
     model, _ = evaluation("policy=one/model", *chosen, "against=[moved.ckpt]")
     rows = samples()
@@ -321,6 +324,21 @@ def test_a_checkpoint_of_another_policy_is_refused(here):
     checkpoint = Path("one/checkpoints/last.ckpt")
     with pytest.raises(UserError, match="belongs to another policy: 21 trained weights differ"):
         load_weights(tiny_policy(), checkpoint, read_checkpoint(checkpoint))
+
+
+def test_a_checkpoint_from_elsewhere_runs_no_code(here):
+    stored = torch.load("one/checkpoints/last.ckpt", weights_only=True)
+    parts = ["data=list", "data.prompts=[a]", "reward=length"]
+    for policy in ({"_target_": "os.mkdir", "path": "escaped"},
+                   {**stored["config"]["policy"], "lora": {"_target_": "os.mkdir", "path": "escaped"}}):  # fmt: skip
+        stored["config"]["policy"] = policy
+        torch.save(stored, "hostile.ckpt")
+        for command in (["eval", "policy=hostile.ckpt", *parts], ["eval", "run=one", "against=[hostile.ckpt]"],
+                        ["sample", "policies=[hostile.ckpt]", "prompts=[a]"]):  # fmt: skip
+            result = run_here(*command, "paths.output_dir=refused")
+            assert result.code == 1
+            assert "which could run anything" in result.err
+    assert not Path("escaped").exists()
 
 
 # ---- its page -------------------------------------------------------------------------------------------------------

@@ -60,7 +60,11 @@ def said(metric):
 
 
 def test_two_processes_together_say_what_one_says(tmp_path):
-    start_processes(say_all, args=(tmp_path,), nprocs=2, start_method="fork")
+    processes = start_processes(say_all, args=(tmp_path,), nprocs=2, start_method="fork", join=False)
+    ended = any(processes.join(timeout=30) for _ in range(4))  # each waits for the next one to end
+    for process in processes.processes:
+        process.kill()
+    assert ended
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert one == two
     for name, (make, rows) in MEASURED.items():
