@@ -9,7 +9,7 @@ COMMANDS = {
     "train": "one training run: lit-rlhf train algorithm=ppo kl.coef=0.1",
     "pipeline": "SFT, reward model, PPO and report in one go: lit-rlhf pipeline experiment=human_ratings",
     "eval": "a run or model on held-out data, compared with others: lit-rlhf eval run=outputs/human_ratings/ppo",
-    "report": "report.html of a run, pipeline or evaluation, or several side by side: lit-rlhf report outputs/human_ratings",
+    "report": "report.html of a run, pipeline or evaluation, or of several: lit-rlhf report outputs/human_ratings",
     "sample": "completions of policies side by side: lit-rlhf sample policies=[smollm2] prompts=['A film that']",
     "estimate": "memory and time before a run: lit-rlhf estimate policy=llama_8b trainer=fsdp2 machine=8xh100",
     "fetch": "models and data into the cache: lit-rlhf fetch smollm2 minilm human_ratings",
