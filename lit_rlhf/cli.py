@@ -11,6 +11,7 @@ COMMANDS = {
     "eval": "a run or model on held-out data, compared with others: lit-rlhf eval run=outputs/human_ratings/ppo",
     "report": "report.html of a run, pipeline or evaluation, or of several: lit-rlhf report outputs/human_ratings",
     "sample": "completions of policies side by side: lit-rlhf sample policies=[smollm2] prompts=['A film that']",
+    "export": "a run's model with a card, or its adapter: lit-rlhf export run=outputs/human_ratings/ppo output=mine",
     "estimate": "memory and time before a run: lit-rlhf estimate policy=llama_8b trainer=fsdp2 machine=8xh100",
     "fetch": "models and data into the cache: lit-rlhf fetch smollm2 minilm human_ratings",
 }
