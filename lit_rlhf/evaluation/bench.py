@@ -122,9 +122,7 @@ class Bench:
         config: of the command.
     """
 
-    def __init__(
-        self, subject: Subject, samples: int, temperatures: list[float | None], config: DictConfig
-    ) -> None:
+    def __init__(self, subject: Subject, samples: int, temperatures: list[float | None], config: DictConfig) -> None:
         self.subject, self.samples, self.temperatures = subject, samples, temperatures
         self.run: Run | None = None
         self.reference: Reference | None = None
@@ -134,8 +132,6 @@ class Bench:
         if "completions" in subject.measures:
             self.run = build(OmegaConf.masked_copy(base, [key for key in base if key not in ("text", "pairs")]))
             self.run.trainer.loggers = []  # their rows would not say of whom they are
-            if not self.run.algorithm.online:
-                raise UserError(f"run={config.run} is no run that completes prompts")
             self.run.algorithm.critic = None  # nobody asks it
             _repeat(self.run.datamodule, samples)
             self.trainer, self.judges = self.run.trainer, _judges(self.run.algorithm.reward, self.run.algorithm.gold)

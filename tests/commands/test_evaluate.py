@@ -166,6 +166,9 @@ class Counted:
 
     def load_state_dict(self, state):
         self.level = state["level"]
+
+class Other(Counted):
+    pass
 """
 
 
@@ -182,8 +185,8 @@ def test_all_are_scored_by_the_reward_as_the_run_left_it_which_is_made_once(here
         assert row["score"] == pytest.approx(len(row["completion"]) + 10)  # an iteration was learned from
     evaluation("run=learned", "checkpoint=null")
     assert {row["score"] - len(row["completion"]) for row in samples()} == {0}
-    found, _ = evaluation("run=learned", "reward=length")  # another reward is not given what that one had learned
-    assert list(found["policies"]) == ["policy", "reference"]
+    evaluation("run=learned", "+overrides.reward={_target_: counted.Other}")  # is not given what that one had learned
+    assert {row["score"] - len(row["completion"]) for row in samples()} == {0}
     assert not Path("out/metrics.csv").exists()
 
 
