@@ -18,6 +18,7 @@ from lit_rlhf.evaluation.summary import differences, win_rates
 from lit_rlhf.imports import find
 from lit_rlhf.overrides import quote
 from lit_rlhf.pipeline import compose_stage
+from lit_rlhf.quiet import quiet
 from lit_rlhf.rewards.scoring import freeze
 from lit_rlhf.run_folder import CONFIG, EVALUATION, SAMPLES, finite, replace_file
 from lit_rlhf.train import read_checkpoint
@@ -53,6 +54,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: there is nothing to measure or nothing to measure it on, or a value is out of its range.
     """
+    quiet()
     refuse_unknown(config, {*_OWN, *_PARTS})
     samples = check_int("samples_per_prompt", config.samples_per_prompt, at_least=1)
     for key in ("against", "temperatures"):

@@ -18,6 +18,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.policies import ENDING, load_policy
 from lit_rlhf.metrics import AXES
 from lit_rlhf.models.sources import HUB_IDS
+from lit_rlhf.quiet import quiet
 from lit_rlhf.report_text import number, settings_line
 from lit_rlhf.run_folder import CONFIG, EVALUATION, read_metrics, replace_file, writing
 
@@ -254,6 +255,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
 
 @command("export")
 def main(config: DictConfig) -> None:
+    quiet()
     refuse_unknown(config, _KEYS)
     names = {key: check_text(key, config[key]) for key in ("run", "output")}
     optional = ("checkpoint", "base_model", "license", "evaluation", "push_to_hub")

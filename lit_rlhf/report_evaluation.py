@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, printable
 from lit_rlhf.report_charts import SVG, as_svg, style
 from lit_rlhf.report_section import definition
 from lit_rlhf.report_text import number, render
@@ -220,7 +221,7 @@ def print_tables(found: Mapping[str, Any], console: Console | None = None) -> No
         names = list(policies)
         shown = _table(f"temperature {key}", *names)
         summaries = [policies[name][key] for name in names]
-        for metric in dict.fromkeys(metric for summary in summaries for metric in summary):
+        for metric in _without_twins(dict.fromkeys(metric for summary in summaries for metric in summary)):
             shown.add_row(metric, *(_shown(summary.get(metric)) for summary in summaries))
         shown.add_section()
         judges = dict.fromkeys(judge for by_key in found["win_rates"].values() for judge in by_key[key])
@@ -243,9 +244,10 @@ def print_tables(found: Mapping[str, Any], console: Console | None = None) -> No
 
 
 def _table(*heads: str) -> Table:
-    table = Table(*heads)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(heads[0])
+    table.columns[0].overflow = "fold"
+    for head in heads[1:]:
+        table.add_column(Text(printable(head)), justify="right", overflow="fold")
     return table
 
 

@@ -20,6 +20,7 @@ from lit_rlhf.data.tokenize import tokenize_prompts
 from lit_rlhf.errors import UserError, printable
 from lit_rlhf.evaluation.policies import load_policy
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.quiet import quiet
 from lit_rlhf.rewards.scoring import Reward, freeze, score
 from lit_rlhf.rollout.sampler import Sampler
 from lit_rlhf.run_folder import finite, writing
@@ -80,7 +81,9 @@ def side_by_side(
 
 def show(rows: Sequence[Row], console: Console) -> None:
     """A line for every prompt, a column for every policy."""
-    table = Table("prompt", *map(printable, rows[0]["completions"]), show_lines=True)
+    table = Table("prompt", show_lines=True)
+    for name in rows[0]["completions"]:
+        table.add_column(Text(printable(name)), overflow="fold")
     for row in rows:
         cells = [Text(printable(row["prompt"]))]  # Text: completions may hold rich's markup
         for name, text in row["completions"].items():
@@ -145,6 +148,7 @@ def main(config: DictConfig) -> None:
         "samples": check_int("samples_per_prompt", config.samples_per_prompt, at_least=1),
         "chat": check_bool("chat", config.chat),
     }
+    quiet()
     asked = None if config.prompts is None else read_prompts(config.prompts)
     sampler = instantiate(config.sampler, "sampler")
     reward = instantiate(config.get("reward"), "reward")
