@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.config import CONFIG_DIR, command, instantiate, refuse_unknown
 from lit_rlhf.errors import UserError
-from lit_rlhf.evaluation.bench import POLICY, REFERENCE, Bench, Measured, Subject, contestants, prefer
+from lit_rlhf.evaluation.bench import POLICY, REFERENCE, Bench, Measured, Subject, contestants, names_of, prefer
 from lit_rlhf.evaluation.held_out import measure_pairs
 from lit_rlhf.evaluation.policies import ENDING, exported, policy_config, run_of
-from lit_rlhf.evaluation.summary import differences, win_rates
+from lit_rlhf.evaluation.summary import Rows, differences, win_rates
 from lit_rlhf.imports import find
 from lit_rlhf.overrides import quote
 from lit_rlhf.pipeline import compose_stage
@@ -67,26 +68,28 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     if (output / CONFIG).exists():
         raise UserError(f"paths.output_dir={output} holds a run, whose files an evaluation would change")
     subject = find_subject(config, output)
+    names = names_of(config, subject)
     judge = instantiate(config.get("judge"), "judge")
+    if judge is not None and (len(names) < 2 or "completions" not in subject.measures):
+        raise UserError("judge: there are no two policies whose completions it could compare; name one in against")
     bench = Bench(subject, samples, temperatures, config)
     measured = Measured()
     for name, policy in contestants(config, subject, bench):
         bench.measure(name, policy, measured)
     result: dict[str, Any] = {"subject": describe(config)}
-    measured = measured.in_order([POLICY, REFERENCE, *map(str, config.against)])
-    if measured.policies:
-        others = [name for name in measured.rows if name != POLICY]
-        freeze(judge, bench.device)
-        own = measured.rows[POLICY]
+    measured = measured.in_order(names)
+    own = measured.rows.get(POLICY, {})
 
-        def compared(how: Any) -> dict[str, Any]:
-            return {name: {key: how(own[key], measured.rows[name][key]) for key in own} for name in others}
+    def compared(how: Callable[[Rows, Rows], Any]) -> dict[str, Any]:
+        others = {name: rows for name, rows in measured.rows.items() if name != POLICY}
+        return {name: {key: how(own[key], rows[key]) for key in own} for name, rows in others.items()}
 
+    if own:
         result |= {
             "prompts": len(next(iter(own.values()))) // samples,
             "samples_per_prompt": samples,
             "policies": measured.policies,
-            "win_rates": compared(lambda rows, other: win_rates(rows, other, samples, prefer(judge, rows, other))),
+            "win_rates": compared(lambda rows, other: win_rates(rows, other, samples)),
             "differences": compared(lambda rows, other: differences(rows, other, samples)),
         }
     if measured.perplexity:
@@ -94,6 +97,11 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     if "pairs" in subject.measures:
         result["pairs"] = measure_pairs(bench.judges, subject.config.pairs, bench.device)
     write(output, result, measured)
+    if judge is not None:  # which may fail: what was measured is safe
+        freeze(judge, bench.device)
+        judged = compared(lambda rows, other: win_rates(rows, other, samples, prefer(judge, rows, other)))
+        result["win_rates"] = judged
+        write(output, result, measured)
     return result
 
 

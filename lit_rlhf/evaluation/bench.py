@@ -56,16 +56,24 @@ class Measured:
         return Measured(*({name: part[name] for name in names if name in part} for part in parts))
 
 
+def names_of(config: DictConfig, subject: Subject) -> list[str]:
+    """All that are measured, in the order of tables.
+
+    Raises:
+        UserError: a name stands for two of them.
+    """
+    known = config.reference is not None or (subject.started and subject.checkpoint is not None)
+    names = [POLICY, *([REFERENCE] if known else []), *map(str, config.against)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"against={list(config.against)} names {twice[0]} twice")
+    return names
+
+
 def contestants(config: DictConfig, subject: Subject, bench: "Bench") -> Iterator[tuple[str, Policy]]:
     """Names and policies of all that are measured, each made when its turn comes and let go afterwards.
 
     What the policy started from comes before the checkpoint is loaded into it.
     """
-    names = [POLICY, *map(str, config.against)]
-    if config.reference is not None or (subject.started and subject.checkpoint is not None):
-        names.append(REFERENCE)
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"against={list(config.against)} names {twice[0]} twice")
     if not bench.needs_policies:
         return
     policy = bench.first_policy()

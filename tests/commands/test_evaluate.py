@@ -119,6 +119,7 @@ def test_any_model_is_evaluated_on_chosen_data_and_rewards(here, monkeypatch):
         (["run=one", "against=[nowhere]"], "nowhere"),
         (["run=one", "checkpoint=other"], "other.ckpt does not exist"),
         (["run=one", "reference=nowhere"], "nowhere"),
+        (["run=one", "checkpoint=null", "reward@judge=vader"], "there are no two policies"),
         (["run=one", "kl.coef=1"], "kl"),
     ],
 )
@@ -374,3 +375,12 @@ def test_a_damaged_evaluation_is_named(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"policy": "other"}\n')
     with pytest.raises(UserError, match=r"samples\.jsonl, line 1 is not a completion"):
         build_report(tmp_path)
+
+
+def test_what_was_measured_stays_when_the_judge_fails(here):
+    shutil.rmtree("judged", ignore_errors=True)
+    judge = ["reward@judge=judge_comparison", "judge.base_url=http://127.0.0.1:9", "judge.model=m", "judge.retries=0"]
+    result = run_here("eval", "run=one", *judge, "paths.output_dir=judged")
+    assert result.code == 1
+    assert "127.0.0.1:9" in result.err
+    assert "score" in json.loads(Path("judged/evaluation.json").read_text())["win_rates"]["reference"]["1"]
