@@ -1,5 +1,6 @@
 """What ``lit-rlhf eval`` measures, at every validation of a run: diversity, win rate against the start, perplexity."""
 
+import math
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -83,7 +84,8 @@ class Evaluation(Callback):
                 found[f"win_rate/{judge}/equal_length"] = kinds["length_controlled"]["value"]
         if self._texts:
             found["text/perplexity"] = self._perplexity(pl_module)
-        metrics |= {f"val/{name}": value for name, value in found.items()}
+        # NaN says that there was nothing to measure, such as pairs of words: a row without it says the same.
+        metrics |= {f"val/{name}": value for name, value in found.items() if not math.isnan(value)}
 
     def _perplexity(self, module: Any) -> float:
         """Of all texts, by every process: of sharded weights each has to make the same forward passes."""

@@ -1,6 +1,7 @@
 """What is measured at every validation of a run, of any datamodule."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation import DistinctN
 from lit_rlhf.metrics import lookup
 from lit_rlhf.rewards import ConstrainedReward
-from lit_rlhf.run_folder import read_metrics, read_samples
+from lit_rlhf.run_folder import read_metrics
 
 VALIDATED = {"data": Prompts(validation=True), "check_val_every_n_epoch": 1, "max_epochs": 3}
 
@@ -40,7 +41,8 @@ def test_every_validation_of_a_users_datamodule_is_measured_against_the_first(tr
     for row, completions in zip(rows, samples, strict=True):
         distinct = DistinctN(2)
         distinct.update([s["completion"] for s in completions])
-        assert row["val/text/distinct_2"] == pytest.approx(float(distinct.compute()), nan_ok=True)
+        share = float(distinct.compute())
+        assert row.get("val/text/distinct_2") == (None if math.isnan(share) else pytest.approx(share))
         pairs = list(zip(completions, samples[0], strict=True))
         wins = sum((a["score"] > b["score"]) + 0.5 * (a["score"] == b["score"]) for a, b in pairs) / len(pairs)
         assert row["val/win_rate/score"] == row["val/win_rate/gold/letters"] == pytest.approx(wins)
@@ -66,23 +68,18 @@ def test_scores_of_a_reward_that_learns_are_not_compared_over_time(trainer):
     assert "val/win_rate/gold/letters" in rows[-1]
 
 
-def test_what_it_compares_with_survives_a_resume():
-    one, other = Evaluation(), Evaluation()
-    one._start = [{"prompt": "a", "completion": "b", "score": 1.0, "components": {}, "gold": {}, "length": 1}]
-    other.load_state_dict(one.state_dict())
-    assert other._start == one._start
-
-
-def test_the_best_checkpoint_is_chosen_by_any_of_them(tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_chosen_by_any_of_them_and_a_resumed_run_compares_with_the_same_start(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Path("held.jsonl").write_text('{"text": "hello there"}\n{"text": "a film"}\n')
     settings = [
         "callbacks=evaluation", "data@callbacks.evaluation.text=jsonl", "callbacks.evaluation.text.path=held.jsonl",
-        "callbacks.evaluation.text.prompt_column=null", "optimized_metric=val/text/perplexity", "trainer.max_epochs=4",
+        "callbacks.evaluation.text.prompt_column=null", "optimized_metric=val/text/perplexity",
         "trainer.check_val_every_n_epoch=1", "reward=length", "reward.target=1", "optimizer.lr=0.05",
-        "callbacks.checkpoint.keep_last=4", "paths.output_dir=run",
+        "callbacks.checkpoint.keep_last=4",
     ]  # fmt: skip
-    result = run_here("train", *TINY, *settings)
+    result = run_here("train", *TINY, *settings, "trainer.max_epochs=4", "paths.output_dir=run")
     assert result.code == 0, result.err
     values = {row["iteration"]: row["val/text/perplexity"] for row in read_metrics(Path("run"))}
     assert len(set(values.values())) == 5
@@ -90,9 +87,16 @@ def test_the_best_checkpoint_is_chosen_by_any_of_them(tmp_path, monkeypatch):
     assert Path("run/checkpoints/best.ckpt").resolve().name == f"step={2 * best:08d}-epoch={best:04d}.ckpt"
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["best/val/text/perplexity"] == min(values.values())
-    start = [s["score"] for s in read_samples(Path("run")) if s["iteration"] == 0 and s["split"] == "validation"]
-    assert len(start) == 2
     assert read_metrics(Path("run"))[0]["val/win_rate/score"] == 0.5
+    for more in (["trainer.max_epochs=2"], ["trainer.max_epochs=4", "ckpt_path=auto"]):
+        assert run_here("train", *TINY, *settings, *more, "paths.output_dir=resumed").code == 0
+    one, other = (
+        [{k: v for k, v in row.items() if k.startswith(("val/text", "val/win"))} for row in read_metrics(Path(name))]
+        for name in ("run", "resumed")
+    )
+    assert one == other
+    assert {"val/text/perplexity", "val/win_rate/score"} <= set(one[-1])
+    assert all(math.isfinite(value) for row in one for value in row.values())
 
 
 def test_what_cannot_be_measured_is_refused(trainer):
