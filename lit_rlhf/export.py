@@ -1,6 +1,7 @@
 """A run's model to give away: ``lit-rlhf export`` makes a Hugging Face folder with a model card, or uploads one."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -167,7 +168,7 @@ def model_card(
         "\n".join(settings),
         _usage(name, scores=scores, adapter=adapter),
         "\n".join(["## On held-out data", "", *(_measured(evaluation) or _validated(rows))]),
-        f"## Configuration\n\n```yaml\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}```",
+        f"## Configuration\n\n{_block('yaml', yaml.safe_dump(config, sort_keys=False, allow_unicode=True))}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -191,7 +192,7 @@ def _usage(name: str, *, scores: bool, adapter: bool) -> str:
         task = "text-classification" if scores else "text-generation"
         more = ', function_to_apply="none"' if scores else ""
         lines = ["from transformers import pipeline", f'pipeline("{task}", model="{name}")("A film that"{more})']
-    return "```python\n" + "\n".join(lines) + "\n```"
+    return _block("python", "\n".join(lines) + "\n")
 
 
 def _validated(rows: list[dict[str, float]]) -> list[str]:
@@ -231,6 +232,12 @@ def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{number(value['value'])} ({number(value['low'])} to {number(value['high'])})"
     return "" if value is None else number(value)
+
+
+def _block(language: str, text: str) -> str:
+    """Text as a block of code, which nothing in it can end."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}{language}\n{text}{fence}"
 
 
 def _code(text: str) -> str:

@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, pipeline
 
 import lit_rlhf.export
-from lit_rlhf.export import base_of
+from lit_rlhf.export import base_of, model_card
 from lit_rlhf.report_text import number
 
 LORA = "policy.lora={r: 2, lora_alpha: 4, target_modules: all-linear}"
@@ -93,6 +93,15 @@ def test_an_evaluations_intervals_go_into_the_card():
     text = Path("measured/README.md").read_text()
     assert "| metric | policy, temperature 1 | reference, temperature 1 |" in text
     assert " to " in next(line for line in text.splitlines() if line.startswith("| `objective/scores`"))
+
+
+def test_what_stands_in_a_config_stays_a_config():
+    config = {"algorithm": {"_target_": "x.PPO"}, "policy": {}, "data": {"prompts": ["```\n# Not a heading"]}}
+    text = model_card(config, [], name="m", base=None, adapter=False, license=None, evaluation={})
+    block = text.split("````yaml\n")[1]
+    assert yaml.safe_load(block.removesuffix("````\n"))["data"] == config["data"]
+    assert "- **Data**: `prompts [" in text
+    assert "It was not measured on held-out data." in text
 
 
 def test_it_is_uploaded_only_when_asked_and_to_the_repository_that_is_named(monkeypatch):
