@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig
 
 from lit_rlhf.config import instantiate
 from lit_rlhf.distributed import whole_checkpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.sources import NO_CODE, not_loaded, resolve_model
 from lit_rlhf.run_folder import CONFIG
 from lit_rlhf.train import newest_good, read_checkpoint
 
@@ -36,6 +38,22 @@ def load_policy(name: str) -> Policy:
     if path.suffix == ENDING and path.exists():
         return _of_checkpoint(path).eval()
     return Policy.from_pretrained(path=str(exported(name))).eval()
+
+
+def require_policy(name: str) -> None:
+    """Raises UserError where nothing of this name could be loaded, without loading it: of a model it reads the config."""
+    path = Path(name)
+    if path.suffix == ENDING or ((path / CONFIG).exists() and not (path / "model").exists()):
+        if not path.exists():
+            raise UserError(f"there is no checkpoint {name}")
+        return
+    folder = resolve_model(str(exported(name)))
+    if (Path(folder) / "adapter_config.json").exists():
+        return
+    try:
+        AutoConfig.from_pretrained(folder, **NO_CODE)
+    except Exception as error:  # of whatever is in the folder
+        raise not_loaded("policy.path", name, "causal language model", error) from error
 
 
 def exported(name: str) -> Path | str:

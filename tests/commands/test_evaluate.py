@@ -117,6 +117,7 @@ def test_any_model_is_evaluated_on_chosen_data_and_rewards(here, monkeypatch):
         (["run=one", "temperatures=1"], "temperatures=1 must be a list"),
         (["run=one", "against=[reference]"], "names reference twice"),
         (["run=one", "against=[nowhere]"], "nowhere"),
+        (["run=one", "against=[nowhere.ckpt]"], "there is no checkpoint nowhere.ckpt"),
         (["run=one", "checkpoint=other"], "other.ckpt does not exist"),
         (["run=one", "reference=nowhere"], "nowhere"),
         (["run=one", "checkpoint=null", "reward@judge=vader"], "there are no two policies"),
@@ -127,6 +128,13 @@ def test_what_cannot_be_evaluated_is_refused(arguments, message, here):
     result = run_here("eval", *arguments, "paths.output_dir=refused")
     assert result.code == 1
     assert message in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_policy_that_is_not_there_is_missed_before_anything_is_measured(here, monkeypatch):
+    monkeypatch.setattr("lit_rlhf.evaluation.bench.Bench.measure", None)
+    result = run_here("eval", "run=one", "against=[two,nowhere]", "paths.output_dir=refused")
+    assert "nowhere" in result.err
     assert "Traceback" not in result.err
 
 
