@@ -22,7 +22,10 @@ from lit_rlhf.train import _OWN, _PLAIN, PARTS
 GROUP_FILES = sorted(p.relative_to(CONFIG_DIR) for p in CONFIG_DIR.glob("*/**/*.yaml"))
 EXPERIMENTS = [path for path in GROUP_FILES if path.parts[0] == "experiment"]
 WITH_COMMAND = [path for path in GROUP_FILES if path.parts[0] in ("experiment", "hparams_search")]
-PIPELINE_ONLY = {"experiment/human_ratings", "experiment/constitutional", "hydra/pipeline", "paths/pipeline"}
+PIPELINE_ONLY = {
+    "experiment/human_ratings", "experiment/constitutional", "experiment/overoptimisation",
+    "experiment/overoptimisation_sweep", "hydra/pipeline", "paths/pipeline",
+}  # fmt: skip
 MEMBERS = [str(path.with_suffix("")) for path in GROUP_FILES]
 #: What train.py hands to an algorithm besides its YAML.
 PASSED = {*PARTS, "seed"}

@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from wandb_file import runs
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.evaluation.overoptimisation import fit, read_curve
 from lit_rlhf.pipeline import configure, to_overrides
 from lit_rlhf.train import check
 
@@ -218,6 +219,31 @@ def test_a_later_stage_takes_the_models_of_the_ones_before(human_ratings):
     folder, _, _ = human_ratings
     assert config(folder / "ppo")["policy"]["path"] == str(folder / "sft" / "model")
     assert config(folder / "ppo")["reward"]["path"] == str(folder / "reward_model" / "model")
+
+
+def test_an_over_optimisation_sweep_gives_a_curve_for_every_proxy(human_ratings, tiny_models, tmp_path, monkeypatch):
+    folder, _, _ = human_ratings
+    monkeypatch.setenv("LIT_RLHF_CACHE", str(folder.parent / "cache"))
+    stages = [f"{stage}.{o}" for stage in ("proxy", "ppo") for o in ("trainer.accelerator=cpu", "logger=csv")]
+    result = run_here(
+        "pipeline", "-m", "experiment=overoptimisation_sweep", f"hydra.sweep.dir={tmp_path}", f"data.shared={folder}",
+        f"ppo.gold.path={folder}/reward_model/model", "data.comparisons=4,8", *stages,
+        f"proxy.algorithm.model_path={tiny_models['encoder']}", "proxy.data.batch_size=2",
+        "proxy.algorithm.max_length=48", "ppo.trainer.max_epochs=3", "ppo.algorithm.rollout_batch_size=4",
+        "ppo.algorithm.minibatch_size=2",
+        "ppo.data.eval_prompts=2", "ppo.sampler.max_new_tokens=4", "ppo.trainer.precision=32-true",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    for job, comparisons in (("0", 4), ("1", 8)):
+        assert config(tmp_path / job / "proxy")["data"]["pairs_per_epoch"] == comparisons
+        curve = read_curve(tmp_path / job / "ppo")
+        assert [len(column) for column in curve] == [3, 3, 3]
+        assert (curve.distance >= 0).all()
+        assert curve.proxy[0] == curve.gold[0] == 0
+        assert not torch.equal(curve.proxy, curve.gold)
+        fit(curve.distance, curve.gold, "rl")
+    with pytest.raises(UserError, match="has no column gold/other"):
+        read_curve(tmp_path / "0" / "ppo", gold="gold/other")
 
 
 def test_complete_stages_are_skipped(human_ratings):

@@ -1,0 +1,160 @@
+"""How far a proxy reward can be trusted: gold reward over the distance from the first policy.
+
+Gao, Schulman and Hilton 2022, "Scaling Laws for Reward Model Overoptimization" (arXiv:2210.10760). Their distance is
+d = sqrt(KL(policy || first policy)) in sqrt(nats), and R(d), the gold reward less that of the first policy, follows
+
+    R_bon(d) = d (alpha - beta d)          best-of-n
+    R_RL(d)  = d (alpha - beta log d)      reinforcement learning
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.evaluation.statistics import Interval, bootstrap
+from lit_rlhf.run_folder import METRICS, read_rows
+
+#: What beta is multiplied by, as a function of the distance; 0 at a distance of 0.
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "best_of_n": lambda d: d.square(),
+    "rl": lambda d: torch.xlogy(d, d),
+}
+
+
+class Fit(NamedTuple):
+    """R(d) of one form, with intervals.
+
+    Attributes:
+        form: ``best_of_n`` or ``rl``.
+        alpha: the slope where optimisation begins (for ``rl`` at d = 1).
+        beta: what bends the curve down; about 0 if nothing is over-optimised.
+        r_squared: share of the variance of R that the curve explains.
+    """
+
+    form: str
+    alpha: Interval
+    beta: Interval
+    r_squared: float
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        """R at distances of any shape."""
+        return self.alpha.value * distance - self.beta.value * FORMS[self.form](distance)
+
+    @property
+    def peak(self) -> float:
+        """The distance at which R is highest, infinite where beta is not positive.
+
+        Computed from alpha and beta; it may lie beyond the data.
+        """
+        alpha, beta = self.alpha.value, self.beta.value
+        if beta <= 0:
+            return math.inf
+        return alpha / (2 * beta) if self.form == "best_of_n" else math.exp(alpha / beta - 1)
+
+
+class Curve(NamedTuple):
+    """What an online run's iterations measured of their completions, each (iterations,).
+
+    Attributes:
+        distance: sqrt(KL) to the reference in sqrt(nats); an estimate of the KL below 0 counts as 0.
+        proxy, gold: mean scores, less those of the first iteration, whose policy is still the first one.
+    """
+
+    distance: Tensor
+    proxy: Tensor
+    gold: Tensor
+
+
+def read_curve(run: Path, proxy: str = "reward/model", gold: str = "gold/model") -> Curve:
+    """The curve of a run folder, from the columns of its metrics.csv.
+
+    Raises:
+        UserError: it is no run folder, or has no such column.
+    """
+    columns, rows = read_rows(run / METRICS)
+    names = ("objective/kl", proxy, gold)
+    if missing := [name for name in names if name not in columns]:
+        raise UserError(f"{run / METRICS} has no column {missing[0]}; there are {', '.join(columns)}")
+    kept = [[float(row[name]) for name in names] for row in rows if all(name in row for name in names)]
+    kl, *scores = torch.tensor(kept, dtype=torch.double).T
+    return Curve(kl.clamp(min=0).sqrt(), *(column - column[0] for column in scores))
+
+
+def fit(distance: Tensor, reward: Tensor, form: str, *, runs: Tensor | None = None) -> Fit:
+    """Least squares of a form of R to measurements (N,), with intervals from the bootstrap over them.
+
+    Args:
+        distance: sqrt(KL) in sqrt(nats), at least 0.
+        reward: gold reward less that of the first policy.
+        form: ``best_of_n`` or ``rl``.
+        runs: (N,) numbers of the runs that they come from; a run's measurements are then drawn together, because one
+            follows from the other.
+
+    Raises:
+        UserError: there is no such form, distances below 0 or not finite numbers, fewer than three of them.
+    """
+    if form not in FORMS:
+        raise UserError(f"form={form!r} is not one of {', '.join(FORMS)}")
+    if distance.shape != reward.shape or distance.ndim != 1 or len(distance) < 3:
+        raise UserError(f"a fit needs as many rewards as distances, three or more: got {tuple(distance.shape)} "
+                        f"distances and {tuple(reward.shape)} rewards")  # fmt: skip
+    distance, reward = distance.double(), reward.double()
+    if not (torch.isfinite(distance).all() and torch.isfinite(reward).all() and (distance >= 0).all()):
+        raise UserError("distances and rewards must be finite, and distances not below 0")
+    rows = torch.stack([distance, -FORMS[form](distance), reward], dim=1)
+    alpha, beta = (bootstrap(rows, lambda x, weights, i=i: _solve(x, weights)[:, i], groups=runs) for i in range(2))
+    found = Fit(form, alpha, beta, 0.0)
+    left = (reward - found(distance)).square().sum() / (reward - reward.mean()).square().sum()
+    return found._replace(r_squared=float(1 - left))
+
+
+def _solve(rows: Tensor, weights: Tensor) -> Tensor:
+    """alpha and beta (R, 2) of each of R weightings (R, N) of rows (N, 3)."""
+    features, targets = rows[:, :2], rows[:, 2]
+    gram = torch.einsum("rn,ni,nj->rij", weights, features, features)
+    moments = torch.einsum("rn,ni,n->ri", weights, features, targets)
+    # Where a sample holds too few distances for both, the smallest solution.
+    return torch.einsum("rij,rj->ri", torch.linalg.pinv(gram, hermitian=True), moments)
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL(best of n || the policy that is drawn from) in nats, log n - (n - 1) / n (Stiennon et al. 2020, app. G.3).
+
+    >>> best_of_n_kl(1)
+    0.0
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
+    """The gold score that the completion with the highest proxy score of ``n`` has on average, (B,).
+
+    Unbiased, from all subsets of N >= n completions at once (Nakano et al. 2021, arXiv:2112.09332, app. I): of the
+    completions in ascending order of the proxy, the i-th is the best of C(i - 1, n - 1) among C(N, n) subsets. Of
+    several with the same proxy score, each is as likely to be taken.
+
+    Args:
+        proxy, gold: (B, N), scores of N completions of each prompt.
+
+    Raises:
+        UserError: n is not between 1 and N.
+    """
+    count = proxy.shape[1]
+    if not 1 <= n <= count:
+        raise UserError(f"the best of {n} cannot be known from {count} completions of each prompt")
+    ways = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
+    weights = torch.tensor(ways, dtype=torch.double)
+    ordered, order = proxy.sort(dim=1)
+    gold = gold.double().gather(1, order)
+    # Alike scores share the weight of their places.
+    new = torch.ones_like(ordered, dtype=torch.long)
+    new[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long()
+    run = new.cumsum(1) - 1
+    shared = torch.zeros(gold.shape, dtype=torch.double).scatter_add_(1, run, weights.expand_as(gold))
+    sizes = torch.zeros(gold.shape, dtype=torch.double).scatter_add_(1, run, torch.ones_like(gold))
+    return (gold * (shared / sizes.clamp(min=1)).gather(1, run)).sum(1)

@@ -1,0 +1,92 @@
+"""Over-optimisation: best-of-n by listing all subsets; fits of curves whose coefficients are known."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.evaluation.overoptimisation import best_of_n, best_of_n_kl, fit
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    generator = torch.Generator().manual_seed(n)
+    proxy = torch.randint(0, 3, (4, 5), generator=generator).float()  # with ties
+    gold = torch.randn(4, 5, generator=generator)
+    for row, (scores, golds) in enumerate(zip(proxy.tolist(), gold.tolist(), strict=True)):
+        taken = []
+        for subset in itertools.combinations(range(5), n):
+            best = max(scores[i] for i in subset)
+            ties = [golds[i] for i in subset if scores[i] == best]
+            taken.append(sum(ties) / len(ties))
+        found = float(best_of_n(proxy, gold, n)[row])
+        # A tie within a subset is broken evenly; so it is by the shared weights, on average over prompts alike.
+        assert found == pytest.approx(sum(taken) / len(taken), abs=1e-6)
+
+
+def test_best_of_n_of_the_proxy_itself_rises_to_the_maximum():
+    scores = torch.tensor([[1.0, 4.0, 2.0, 3.0]])
+    assert [float(best_of_n(scores, scores, n)) for n in (1, 2, 4)] == pytest.approx([2.5, 10 / 3, 4.0])
+
+
+def test_the_kl_of_best_of_n_by_its_definition():
+    """Over many outcomes of equal probability, the best one's rank has the density n u^(n - 1) on [0, 1]."""
+    size, n = 200_000, 8
+    ranks = (torch.arange(size).double() + 0.5) / size
+    density = n * ranks ** (n - 1)
+    assert best_of_n_kl(n) == pytest.approx(float((density * density.log()).mean()), rel=1e-5)
+
+
+CURVES = {
+    "best_of_n": (lambda d: d * (1.5 - 0.25 * d), 1.5 / (2 * 0.25)),
+    "rl": (lambda d: d * (1.5 - 0.25 * torch.log(d)), math.exp(1.5 / 0.25 - 1)),
+}
+
+
+@pytest.mark.parametrize("form", CURVES)
+def test_a_fit_finds_the_coefficients_and_the_peak(form):
+    curve, peak = CURVES[form]
+    distance = torch.linspace(0.1, 6, 40)
+    found = fit(distance, curve(distance), form)
+    assert found.alpha == pytest.approx((1.5, 1.5, 1.5), rel=1e-6)
+    assert found.beta == pytest.approx((0.25, 0.25, 0.25), rel=1e-5)
+    assert found.r_squared == pytest.approx(1.0)
+    assert found.peak == pytest.approx(peak, rel=1e-4)
+    noise = 0.3 * torch.randn(40, generator=torch.Generator().manual_seed(0))
+    noisy = fit(distance, curve(distance) + noise, form)
+    assert noisy.alpha.low < 1.5 < noisy.alpha.high
+    assert noisy.beta.low < 0.25 < noisy.beta.high
+    assert 0.5 < noisy.r_squared < 1
+    together = fit(distance, curve(distance) + noise, form, runs=torch.arange(40) % 2)  # of two runs, one may be drawn
+    assert together.alpha.value == pytest.approx(noisy.alpha.value)
+    assert together.alpha.low != noisy.alpha.low
+
+
+def test_the_first_policy_itself_is_a_distance_of_0_and_a_reward_that_only_rises_has_no_peak():
+    distance = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    found = fit(distance, 2 * distance, "rl")
+    assert found(torch.tensor(0.0)) == 0
+    assert found.beta.value == pytest.approx(0, abs=1e-9)
+    assert fit(distance, distance + distance.square(), "best_of_n").peak == math.inf
+
+
+@pytest.mark.parametrize(
+    ("distance", "reward", "form", "message"),
+    [
+        ([0.0, 1.0, 2.0], [0.0, 1.0, 2.0], "log", "best_of_n, rl"),
+        ([0.0, 1.0], [0.0, 1.0], "rl", "three or more"),
+        ([0.0, 1.0, 2.0], [0.0, 1.0], "rl", "as many"),
+        ([-1.0, 1.0, 2.0], [0.0, 1.0, 2.0], "rl", "not below 0"),
+        ([0.0, 1.0, 2.0], [0.0, math.nan, 2.0], "rl", "finite"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(distance, reward, form, message):
+    with pytest.raises(UserError, match=message):
+        fit(torch.tensor(distance), torch.tensor(reward), form)
+
+
+def test_more_than_there_are_completions_is_refused():
+    with pytest.raises(UserError, match=r"best of 4 .* 3 completions"):
+        best_of_n(torch.ones(1, 3), torch.ones(1, 3), 4)
