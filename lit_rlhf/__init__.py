@@ -101,6 +101,7 @@ _HOME = {
     "Checkpoints": "callbacks",
     "Distributions": "callbacks",
     "Evaluation": "callbacks",
+    "HackingMonitor": "callbacks",
     "KLGuard": "callbacks",
     "Progress": "callbacks",
     "Sweep": "sweep",

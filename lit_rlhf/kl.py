@@ -47,20 +47,29 @@ class KLPenalty:
             )
         self.estimator = estimator
         self.in_loss = place == "loss"
+        self.scale = 1.0  # of the coefficient; what has raised it in the run so far
         self.budget = None if budget is None else check_number("kl.budget", budget, above=0)
 
     def at(self, progress: float) -> float:  # noqa: ARG002 - only a schedule reads it
         """The coefficient at ``progress``, the share of the run that is done."""
-        return self.coef
+        return self.scale * self.coef
+
+    def raise_by(self, factor: float) -> None:
+        """Multiplies the coefficient by ``factor`` for the rest of the run, also after a resume.
+
+        A schedule goes on times the factor, an adaptive coefficient follows its target from there.
+        """
+        self.scale *= factor
 
     def update(self, kl: float, episodes: int) -> None:
         """Called after each iteration with its mean KL per episode, in nats, and its number of episodes."""
 
     def state_dict(self) -> dict[str, float]:
-        return {}
+        return {"scale": self.scale}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Nothing to load: on resume the config's coefficient holds."""
+        """On resume the config's coefficient holds, times what had raised it."""
+        self.scale = state["scale"]
 
 
 class FixedKL(KLPenalty):
@@ -119,7 +128,7 @@ class LinearKL(KLPenalty):
         self.end = check_number("kl.end", end, at_least=0)
 
     def at(self, progress: float) -> float:
-        return linear(self.start, self.end, progress)
+        return self.scale * linear(self.start, self.end, progress)
 
 
 class AdaptiveKL(KLPenalty):
@@ -180,7 +189,8 @@ class AdaptiveKL(KLPenalty):
         self.coef *= 1 + error * episodes / self.horizon
 
     def state_dict(self) -> dict[str, float]:
-        return {"coef": self.coef}
+        return {**super().state_dict(), "coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        super().load_state_dict(state)
         self.coef = state["coef"]

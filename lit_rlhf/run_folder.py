@@ -20,6 +20,7 @@ from lit_rlhf.metrics import lookup
 
 METRICS, SAMPLES, SUMMARY, CONFIG = "metrics.csv", "samples.jsonl", "summary.json", "config.yaml"
 EVALUATION = "evaluation.json"  # of `lit-rlhf eval`
+ALARMS = "alarms.jsonl"
 
 
 @contextmanager

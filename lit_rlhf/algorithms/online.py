@@ -184,6 +184,7 @@ class OnlineAlgorithm(Algorithm):
         rollout, anchors, mask = judged.rollout, judged.anchors, judged.rollout.response_mask
         coef = self.kl.at(self.progress)
         described = describe(judged, coef, charged=self.kl_in_reward)
+        self.samples = sample_rows(judged, iteration + 1, "train")
         self.call_hook("on_rollout", described)
         with self.phase("advantage"):
             rewards = place_scores(self.scores(judged.scores.whole, rollout.finished), mask)  # 4 shape
@@ -199,7 +200,6 @@ class OnlineAlgorithm(Algorithm):
             groups = judged.scores.total.reshape(-1, self.group_size)
             self.pending["rollout/constant_groups"] = float((groups == groups[:, :1]).all(-1).float().mean())
         self.pending["rollout/tokens_per_second"] = int(mask.sum()) / self.pending["time/rollout"]
-        self.samples = sample_rows(judged, iteration + 1, "train")
         experience = Experience(
             prompt_ids=rollout.prompt_ids,
             prompt_mask=rollout.prompt_mask,

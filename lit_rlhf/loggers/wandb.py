@@ -226,6 +226,11 @@ class WandbLogger(LightningWandbLogger):
             self.experiment.alert(title=title, text=text, level="ERROR")
 
     @rank_zero_only
+    def log_alert(self, title: str, text: str) -> None:
+        """Sends an alert, once a run for each title."""
+        self._attempt("send an alert", lambda: self._alert(title, text))
+
+    @rank_zero_only
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Logs completions, dicts as in samples.jsonl, as the table `samples`. `step` is the iteration."""
         self._attempt("log samples", lambda: self._log_at(step, {"samples": samples_table(rows)}))

@@ -1,0 +1,32 @@
+"""Signs of reward hacking: what each measures of an iteration's completions, and when that is more than chance."""
+
+from lit_rlhf.hacking.detectors import (
+    Collapse,
+    Disagreement,
+    Entropy,
+    GoldFalls,
+    KLSpeed,
+    LengthGain,
+    Novelty,
+    Phrase,
+    Repetition,
+)
+from lit_rlhf.hacking.statistics import Baseline, Cusum, Detector, Iteration, Reading, Rise
+
+__all__ = [
+    "Baseline",
+    "Collapse",
+    "Cusum",
+    "Detector",
+    "Disagreement",
+    "Entropy",
+    "GoldFalls",
+    "Iteration",
+    "KLSpeed",
+    "LengthGain",
+    "Novelty",
+    "Phrase",
+    "Reading",
+    "Repetition",
+    "Rise",
+]

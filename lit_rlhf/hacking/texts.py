@@ -1,0 +1,51 @@
+"""The texts that a reward model was trained on."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from omegaconf import OmegaConf
+
+from lit_rlhf.config import instantiate
+from lit_rlhf.errors import UserError
+from lit_rlhf.generators import seeded
+from lit_rlhf.hacking.statistics import split_words
+from lit_rlhf.run_folder import CONFIG
+
+_COLUMNS = ("text", "chosen", "rejected", "prompt", "completion")
+_MOST_TEXTS = 200_000
+
+
+def read_texts(data: L.LightningDataModule | str) -> Iterator[list[str]]:
+    """The words of every training text of a datamodule, or of the run in a folder, 200,000 texts at most.
+
+    The global random generators stay as they are.
+
+    Raises:
+        UserError: no such run, or batches without a column of texts.
+    """
+    count = 0
+    with seeded(0):
+        module = data if isinstance(data, L.LightningDataModule) else _data_of(data)
+        module.prepare_data()
+        module.setup("fit")
+        for batch in module.train_dataloader():
+            columns = [batch[name] for name in _COLUMNS if name in batch] if isinstance(batch, Mapping) else []
+            texts = [text for column in columns for text in column if isinstance(text, str)]
+            if not texts:
+                raise UserError(f"data={data!r}: its batches have no texts under {', '.join(_COLUMNS)}")
+            count += len(texts)
+            yield from map(split_words, texts)
+            if count >= _MOST_TEXTS:
+                return
+
+
+def _data_of(folder: Any) -> L.LightningDataModule:
+    """The datamodule that a run's config.yaml describes."""
+    paths = [Path(str(folder)) / CONFIG, Path(str(folder)).parent / CONFIG]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise UserError(f"data={folder!r} is neither a datamodule nor a run folder with {CONFIG}, nor its model/")
+    return instantiate(OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]), "data")
