@@ -19,8 +19,8 @@ class GoldFalls(Detector):
     """The gold score falls from its best while the reward rises on: over-optimisation (Gao et al. 2022, 2210.10760).
 
     H0: gold is at most ``fall`` standard deviations of a completion below its best, or the reward is no higher than it
-    was there. z is the smaller one of both. The best is that of means over as many iterations as the baseline has; of
-    many such means the highest is too high by chance, which is taken off: sqrt(2 log m) standard errors for m means.
+    was there. z is the smaller one of both. The best is that of means over as many iterations as the baseline has; the
+    highest of m such means is too high by chance, which is taken off: sqrt(4 + 2 log m) of its standard errors.
 
     Args:
         fall: in standard deviations of the gold score over the baseline's completions, > 0.
@@ -45,7 +45,7 @@ class GoldFalls(Detector):
         if self.best is not None and spread > 0:
             best, score_then, number = self.best
             below = (best - float(gold.mean())) / spread
-            chance = math.sqrt(2 * math.log(max(1.0, iteration.number / window)))
+            chance = math.sqrt(4 + 2 * math.log(max(1.0, iteration.number / window)))
             chance *= self.gold.error(gold) / spread / math.sqrt(window)
             fallen = (below - chance - self.fall) / max(self.gold.error(gold) / spread, self.fall / 10)
             risen = (float(score.mean()) - score_then) / max(self.score.error(score), 1e-9)
@@ -125,7 +125,7 @@ class LengthGain(Detector):
             slope_error = math.sqrt(max(0.0, yy - slope * xy) / max(1.0, count - 1) / xx)
             score_error = max(self.score.error(score), 0.05 * self.score.std)
             error = math.hypot(slope_error * longer, slope * self.length.error(length), self.share * score_error)
-            risen = (gain - self.score.std / 2) / score_error
+            risen = (gain - self.score.std / 2 - self.score.margin) / score_error
             excess = min((slope * longer - self.share * gain) / error, risen)
             explained = slope * longer / gain if gain > score_error else 0.0
         extra = {"correlation": correlation(length, score), "change": longer}

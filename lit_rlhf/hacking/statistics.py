@@ -120,17 +120,24 @@ class Baseline:
         """Of single completions."""
         return math.sqrt(self.squares / max(1, self.count - 1))
 
-    def error(self, values: Tensor, factor: float = 1.0) -> float:
-        """The standard error of mean(values) - factor * mean: by the spread of completions, or by the jumps.
+    def error(self, values: Tensor) -> float:
+        """The standard error of mean(values): by the spread of completions, or by the jumps.
 
         Those are larger where completions of an iteration have something in common, such as their prompt. Half the mean
         square of successive differences (von Neumann 1941, doi:10.1214/aoms/1177731677) is a variance without the trend
         that training is meant to have.
         """
         spread = float(values.double().var(correction=0)) / max(1, len(values) - 1)
-        spread += factor**2 * self.std**2 / max(1, self.count)
-        between = self.jumps / 2 / max(1, self.jumped)
-        return math.sqrt(max(spread, between * (1 + factor**2 / max(1, self.iterations))))
+        return math.sqrt(max(spread, self._between))
+
+    @property
+    def margin(self) -> float:
+        """Two standard errors of the baseline's mean: that is wrong once and for all, and does not average out."""
+        return 2 * math.sqrt(max(self.std**2 / max(1, self.count), self._between / max(1, self.iterations)))
+
+    @property
+    def _between(self) -> float:
+        return self.jumps / 2 / max(1, self.jumped)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -163,7 +170,7 @@ class Cusum:
 
 
 class Rise(Detector):
-    """A mean over completions that rises: H0 is  mean <= factor * baseline + rise.
+    """A mean over completions that rises: H0 is  mean <= factor * baseline + rise, with the baseline's ``margin``.
 
     A standard error below a tenth of what has to be passed counts as that: where no completion shows anything, the
     spread says nothing.
@@ -185,8 +192,8 @@ class Rise(Detector):
         excess = None
         if not self.baseline.follow(values, iteration.baseline):
             bound = self.factor * self.baseline.mean + self.rise
-            error = max(self.baseline.error(values, self.factor), abs(bound - self.baseline.mean) / 10, 1e-9)
-            excess = (float(values.mean()) - bound) / error
+            error = max(self.baseline.error(values), abs(bound - self.baseline.mean) / 10, 1e-9)
+            excess = (float(values.mean()) - bound - self.factor * self.baseline.margin) / error
         return Reading(float(values.mean()), excess, values)
 
     def state_dict(self) -> dict[str, Any]:
