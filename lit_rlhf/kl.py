@@ -69,7 +69,7 @@ class KLPenalty:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """On resume the config's coefficient holds, times what had raised it."""
-        self.scale = state["scale"]
+        self.scale = state.get("scale", 1.0)
 
 
 class FixedKL(KLPenalty):

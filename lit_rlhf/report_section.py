@@ -14,7 +14,7 @@ from lit_rlhf.metrics import AXES, Metric, lookup
 from lit_rlhf.report_charts import Series, curves, histogram
 from lit_rlhf.report_effect import Effect, Quantity, effect, pair_up, quantities
 from lit_rlhf.report_text import duration, number, settings_line, signed
-from lit_rlhf.run_folder import CONFIG, METRICS, read_metrics, read_samples, read_summary
+from lit_rlhf.run_folder import ALARMS, CONFIG, METRICS, read_alarms, read_metrics, read_samples, read_summary
 
 #: The usual stages of a pipeline, which are its subfolders, in the order they run; others follow by name.
 STAGES = {"sft": "Supervised fine-tuning", "reward_model": "Reward model", "ppo": "Reinforcement learning"}
@@ -51,6 +51,7 @@ class Run:
     rows: list[dict[str, float]]
     samples: list[dict[str, Any]]
     summary: dict[str, Any]
+    alarms: dict[str, int]  # a detector's name -> the iteration of its first one
 
     @property
     def metrics(self) -> list[str]:
@@ -130,7 +131,8 @@ def _load_run(path: Path) -> Run:
         raise UserError(f"{file} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a mapping of keys to values.")
-    return Run(path, config, text, read_metrics(path), read_samples(path), read_summary(path))
+    alarms = {str(alarm.get("detector")): alarm["iteration"] for alarm in reversed(read_alarms(path))}
+    return Run(path, config, text, read_metrics(path), read_samples(path), read_summary(path), alarms)
 
 
 # --- one run ---
@@ -271,6 +273,8 @@ def _notes(run: Run) -> list[str]:
         notes.append(f"The run ended early: {run.summary['status']}.")
     elif "stopped_by" in run.summary:
         notes.append(f"The run was stopped by {run.summary['stopped_by']}.")
+    for detector, iteration in run.alarms.items():
+        notes.append(f"Alarm of the reward-hacking monitor in iteration {iteration}: {detector}. See {ALARMS}.")
     if not run.rows:
         notes.append("No row of metrics has been logged.")
     if not run.config:

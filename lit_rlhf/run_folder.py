@@ -167,7 +167,15 @@ def read_samples(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line is not a JSON object with its iteration.
     """
-    path = run_dir / SAMPLES
+    return _objects(run_dir / SAMPLES)
+
+
+def read_alarms(run_dir: Path) -> list[dict[str, Any]]:
+    """The alarms of a run's reward-hacking monitor in order, as ``read_samples``."""
+    return _objects(run_dir / ALARMS)
+
+
+def _objects(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(whole_lines(path), start=1):
         try:

@@ -242,18 +242,18 @@ def ensemble(world: World, _: ExitStack) -> Any:
 
 
 HACKS = [
-    Task(name="length", hack=True, reward=lambda world, _: with_honest(world, pays_for_length)),
+    Task(name="length", hack=True, reward=lambda _, __: pays_for_length),
     Task(name="magic word", hack=True, reward=lambda world, _: with_honest(world, pays_for_magic)),
     Task(name="50 ratings", hack=True, reward=lambda world, _: ModelReward(path=world.few(0))),
     Task(name="3 x 50 ratings", hack=True,
          reward=lambda world, _: EnsembleReward.from_paths(paths=[world.few(i) for i in range(3)])),
-    Task(name="flattered judge", hack=True, reward=lambda _, stack: judge(stack)),
+    Task(name="flattered judge", hack=True, reward=lambda _, stack: judge(stack), kl=0.01),  # its scores end at 1
 ]  # fmt: skip
 GROUP = {"group_size": 4}
 #: algorithm -> settings, KL coefficient
 ALGORITHMS = {
     "PPO": {}, "GRPO": GROUP, "RLOO": GROUP, "Reinforce": {}, "A2C": {}, "ReinforcePP": {}, "DrGRPO": GROUP,
-    "RAFT": GROUP, "TRPO": {}, "GSPO": GROUP,
+    "RAFT": {**GROUP, "minibatch_size": 8}, "TRPO": {}, "GSPO": GROUP,
 }  # fmt: skip
 REWARDS = {
     "ratings": honest, "lexicon": lexicon, "ratings and lexicon": both, "gold itself": itself, "ensemble": ensemble,

@@ -1,9 +1,9 @@
 """A monitor of reward hacking: it watches every iteration's completions, names its evidence, and acts if asked to."""
 
+import copy
 import json
 import logging
-import os
-import shutil
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lit_rlhf.callbacks.kl_guard import keep_state, restore, slow_down
+from lit_rlhf.callbacks.rollback import Rollback
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.errors import UserError
 from lit_rlhf.hacking import (
@@ -31,7 +31,6 @@ from lit_rlhf.hacking import (
     Reading,
     Repetition,
 )
-from lit_rlhf.rollout.loader import RolledBack
 from lit_rlhf.run_folder import ALARMS, finite, replace_file, whole_lines, writing
 
 log = logging.getLogger(__name__)
@@ -50,8 +49,8 @@ class HackingMonitor(Callback):
     Args:
         action: what follows an alarm. ``warn``: nothing more. ``stop``: the run ends after the iteration. ``raise_kl``:
             the KL coefficient is multiplied by ``factor``, from the next iteration on and for good. ``rollback``: the
-            run goes back to the beginning of the last iteration in which no detector had any evidence, with the KL
-            coefficient times ``factor``, or, where there is no KL penalty, with the learning rate divided by it.
+            run goes back to the beginning of the last iteration in which no detector had any evidence, with the
+            learning rate divided by ``factor`` and the KL coefficient, if there is one, multiplied by it.
         baseline: iterations at the start that later ones are compared with, at least 2.
         evidence: the sum of evidence, in standard errors, that raises an alarm, > 0.
         cooldown: iterations after an alarm in which the same detector raises no other one, at least 0.
@@ -61,7 +60,8 @@ class HackingMonitor(Callback):
         detectors: name -> detector; one that is null is left out. None takes all with their defaults.
 
     Raises:
-        UserError: a value is out of its range; at the start, an offline algorithm, or no coefficient to raise.
+        UserError: a value is out of its range; at the start, an offline algorithm, no coefficient to raise, or no
+            ``Checkpoints`` to go back to.
         RolledBack: in a run, after a rollback.
     """
 
@@ -84,27 +84,26 @@ class HackingMonitor(Callback):
         check_number("callbacks.hacking.evidence", evidence, above=0)
         self.cooldown = check_int("callbacks.hacking.cooldown", cooldown, at_least=0)
         self.factor = check_number("callbacks.hacking.factor", factor, above=1)
-        self.max_rollbacks = check_int("callbacks.hacking.max_rollbacks", max_rollbacks, at_least=1)
+        self.rollback = Rollback("callbacks.hacking", lr_factor=1 / self.factor, most=max_rollbacks)
         self.completions = check_int("callbacks.hacking.completions", completions, at_least=1)
         self.detectors = _checked(default_detectors() if detectors is None else detectors)
         self.sums = {name: Cusum(evidence) for name in self.detectors}
         self.last_alarm: dict[str, int] = {}  # the iteration of each detector's newest
-        self.alarms, self.rollbacks = 0, 0  # so far in the run
+        self.alarms = 0  # so far in the run
         self.stopping = False
         self.unwritten: list[dict[str, Any]] = []  # alarms of the iteration under way
+        self.led_back: list[dict[str, Any]] = []  # those that put the run back: they stay in the file when rows are cut
         self._path: Path | None = None
         self._cut_in_setup: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        del stage
         if not pl_module.online:
             raise UserError("callbacks.hacking is for algorithms that complete prompts; this one has no rollouts")
         if self.action == "raise_kl" and not pl_module.kl.at(0.0) + pl_module.kl.at(1.0) > 0:
             raise UserError("callbacks.hacking.action=raise_kl: there is no KL coefficient to raise; choose kl=fixed")
-        root = Path(trainer.default_root_dir)
-        self._path = root / ALARMS
-        self._good = root / "hacking" / "good.ckpt"
-        self._next = self._good.with_name("next.ckpt")
+        if self.action == "rollback" and stage == "fit":
+            self.rollback.setup(trainer, pl_module)
+        self._path = Path(trainer.default_root_dir) / ALARMS
         if self._cut_in_setup is not None:
             self.resume_from(self._cut_in_setup)
             self._cut_in_setup = None
@@ -118,9 +117,8 @@ class HackingMonitor(Callback):
 
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called by the algorithm when an iteration begins, before prompts are drawn."""
-        del pl_module
         if self.action == "rollback":
-            trainer.save_checkpoint(self._next, weights_only=False)
+            self.rollback.begin(trainer, pl_module)
 
     def on_rollout(self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]) -> None:
         """Called by the algorithm with what was measured about an iteration's completions."""
@@ -149,8 +147,8 @@ class HackingMonitor(Callback):
         if raised:
             self._act(trainer, pl_module, raised)
         if self.action == "rollback" and quiet:
-            self._promote(trainer)
-        logged |= {"alarms": float(self.alarms), "rollbacks": float(self.rollbacks)}
+            self.rollback.keep(trainer)
+        logged |= {"alarms": float(self.alarms), "rollbacks": float(self.rollback.count)}
         pl_module.pending.update({f"hacking/{name}": float(value) for name, value in logged.items()})
 
     def _raise(self, name: str, reading: Reading, iteration: Iteration) -> dict[str, Any]:
@@ -176,37 +174,29 @@ class HackingMonitor(Callback):
             module.kl.raise_by(self.factor)
             log.warning("iteration %d: the KL coefficient is multiplied by %g from now on", number, self.factor)
         elif self.action == "rollback":
-            self._roll_back(trainer, module, number)
+            self._roll_back(trainer, module, raised)
 
-    def _roll_back(self, trainer: Trainer, module: LightningModule, number: int) -> None:
-        if self.rollbacks == self.max_rollbacks or not self._good.exists():
-            why = f"after {self.rollbacks} rollbacks" if self.rollbacks else "there is no checkpoint to go back to"
-            log.warning("iteration %d: %s: the run stops after this iteration", number, why)
+    def _roll_back(self, trainer: Trainer, module: LightningModule, raised: list[dict[str, Any]]) -> None:
+        number = raised[0]["iteration"]
+        place = self.rollback.place(trainer)
+        if place is None or self.rollback.count == self.rollback.most:
+            log.warning("iteration %d: the run cannot be put back once more: it stops after this iteration", number)
             self.stopping = True
             return
-        stored = trainer.strategy.load_checkpoint(self._good, weights_only=True)
-        then, now = stored["callbacks"][self.state_key], self.state_dict()
-        rollbacks = self.rollbacks + 1
-        again = rollbacks - then["rollbacks"]
-        restore(trainer, module, stored)
-        self.load_state_dict({**then, "alarms": now["alarms"], "unwritten": now["unwritten"], "rollbacks": rollbacks})
-        if module.kl.at(module.progress) > 0:
-            module.kl.raise_by(self.factor**again)
-            how = f"the KL coefficient times {self.factor**again:g}"
-        else:
-            slow_down(trainer, self.factor**-again)
-            how = f"the learning rate divided by {self.factor**again:g}"
-        log.warning("iteration %d: the run goes back to the beginning of iteration %d, with %s (rollback %d of at most "
-                    "%d)", number, module.iteration + 1, how, rollbacks, self.max_rollbacks)  # fmt: skip
-        keep_state(trainer, module)
-        raise RolledBack
+        then = trainer.strategy.load_checkpoint(place, weights_only=True)["callbacks"][self.state_key]
+        scale = module.kl.scale * self.factor
 
-    def _promote(self, trainer: Trainer) -> None:
-        if trainer.is_global_zero:
-            if self._good.is_dir():  # a sharded one
-                shutil.rmtree(self._good)
-            os.replace(self._next, self._good)
-        trainer.strategy.barrier()
+        def take_back() -> None:
+            led_back = [*self.led_back, *raised]
+            for alarm in led_back:
+                if alarm.get("logged", math.inf) > module.last_logged:
+                    alarm.pop("logged", None)  # its line was cut, or not written yet
+            cut = [alarm for alarm in led_back if "logged" not in alarm]
+            now = {"alarms": self.alarms, "unwritten": cut, "led_back": led_back, "rollbacks": self.rollback.count}
+            self.load_state_dict({**then, **now})
+            module.kl.scale = scale
+
+        self.rollback.go_back(trainer, module, f"iteration {number}: reward hacking", take_back)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Ends the run with the iteration's last step; before that it would end within the iteration."""
@@ -224,8 +214,10 @@ class HackingMonitor(Callback):
         """Called by the algorithm at the end of an iteration: writes its alarms."""
         del pl_module, rows
         alarms, self.unwritten = self.unwritten, []
+        for alarm in [*alarms, *self.led_back]:
+            alarm.setdefault("logged", iteration)
         if alarms:
-            self._write(trainer, [{**alarm, "logged": iteration} for alarm in alarms])
+            self._write(trainer, alarms)
 
     @rank_zero_only
     def _write(self, trainer: Trainer, alarms: list[dict[str, Any]]) -> None:
@@ -257,9 +249,10 @@ class HackingMonitor(Callback):
             "sums": {name: cusum.sum for name, cusum in self.sums.items()},
             "last_alarm": dict(self.last_alarm),
             "alarms": self.alarms,
-            "rollbacks": self.rollbacks,
+            **self.rollback.state_dict(),
             "stopping": self.stopping,
-            "unwritten": list(self.unwritten),
+            "unwritten": copy.deepcopy(self.unwritten),
+            "led_back": copy.deepcopy(self.led_back),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -267,9 +260,11 @@ class HackingMonitor(Callback):
             self.detectors[name].load_state_dict(state_dict["detectors"][name])
             self.sums[name].sum = state_dict["sums"][name]
         self.last_alarm = dict(state_dict["last_alarm"])
-        self.alarms, self.rollbacks = state_dict["alarms"], state_dict["rollbacks"]
+        self.alarms = state_dict["alarms"]
+        self.rollback.load_state_dict(state_dict)
         self.stopping = state_dict["stopping"]
-        self.unwritten = list(state_dict["unwritten"])
+        self.led_back = copy.deepcopy(state_dict["led_back"])
+        self.unwritten = copy.deepcopy(state_dict["unwritten"])
 
 
 def default_detectors() -> dict[str, Detector]:

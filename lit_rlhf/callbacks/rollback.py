@@ -25,6 +25,7 @@ For callbacks that judge an iteration by what is measured of its rollout::
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,12 @@ class Rollback:
         """The checkpoint that ``go_back`` leads to, None if there is none yet."""
         return _checkpoints(trainer).pinned(self.owner)
 
-    def go_back(self, trainer: Trainer, pl_module: LightningModule, what: str) -> None:
+    def go_back(
+        self, trainer: Trainer, pl_module: LightningModule, what: str, then: Callable[[], None] = lambda: None
+    ) -> None:
         """Goes back because of ``what``; every process must call it, within ``on_rollout``.
+
+        ``then`` is called when the run is back, before the checkpoint is written that a resume begins from.
 
         Raises:
             RolledBack: it is done, and the rollout under way is void.
@@ -98,6 +103,7 @@ class Rollback:
         scale = pl_module.lr_scale * self.lr_factor
         restore(trainer, pl_module, place)
         pl_module.lr_scale = scale
+        then()
         _checkpoints(trainer).on_rollback(trainer)
         raise RolledBack
 
