@@ -174,13 +174,14 @@ def _with_full_key(message: str, key: str, node: Any, report: str) -> str:
     >>> _with_full_key("prompts=[]: none", "data", {"prompts": []}, "")
     'data.prompts=[]: none'
     """
+    found = re.search(r"^full_key: (.+)$", report, flags=re.MULTILINE)
+    inside = re.sub(rf"^{re.escape(key)}(\.|$)", "", found[1]) if found else ""  # the key may be one of the whole config
+    place = f"{key}.{inside}" if inside else key
     if key in REWARDS:
-        inside = re.search(r"^full_key: (.+)$", report, flags=re.MULTILINE)
-        place = f"{key}.{inside[1]}" if inside else key
         message = re.sub(r"\breward\.(?=\w)", lambda _: f"{place}.", message)
-    parameter = re.match(r"(\w+)=", message)
-    if parameter and parameter[1] in node:
-        return f"{key}.{message}"
+    parameter = re.match(r"(\w+)(?:=| must\b)", message)
+    if parameter and parameter[1] in ((OmegaConf.select(node, inside) if inside else node) or {}):
+        return f"{place}.{message}"
     named = re.search(rf"\b{re.escape(key)}\.\w|\b[a-z_]+\.[a-z_]+(=| must)|config key", message)
     return message if named else f"config key '{key}': {message}"
 

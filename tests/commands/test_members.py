@@ -118,13 +118,14 @@ ENTROPY = {
 CALLBACKS = {  # what each leaves: checkpoints, samples, lines of progress
     "default": (True, True, True), "checkpoint": (True, False, False), "samples": (False, True, False),
     "distributions": (False, False, False), "progress": (False, False, True), "offline": (True, False, True),
-    "kl_guard": (True, True, True), "evaluation": (True, True, True),
+    "kl_guard": (True, True, True), "evaluation": (True, True, True), "hacking": (True, True, True),
 }  # fmt: skip
 RUNS = [
     ("fixed", "symmetric", "none", "default"), ("linear", "linear", "linear", "checkpoint"),
     ("adaptive", "kl_penalty", "target", "samples"), ("none", "none", "constant", "progress"),
     ("fixed", "asymmetric", "none", "distributions"), ("fixed", "dual", "none", "offline"),
     ("loss_k3", "sequence", "none", "kl_guard"), ("fixed", "symmetric", "none", "evaluation"),
+    ("fixed", "symmetric", "none", "hacking"),
 ]  # fmt: skip
 
 
