@@ -175,7 +175,9 @@ def _with_full_key(message: str, key: str, node: Any, report: str) -> str:
     'data.prompts=[]: none'
     """
     found = re.search(r"^full_key: (.+)$", report, flags=re.MULTILINE)
-    inside = re.sub(rf"^{re.escape(key)}(\.|$)", "", found[1]) if found else ""  # the key may be one of the whole config
+    inside = found[1] if found else ""
+    if key not in ("reward", "gold"):  # whose nodes are copies; others are parts of the whole config
+        inside = re.sub(rf"^{re.escape(key)}(\.|$)", "", inside)
     place = f"{key}.{inside}" if inside else key
     if key in REWARDS:
         message = re.sub(r"\breward\.(?=\w)", lambda _: f"{place}.", message)
