@@ -41,7 +41,7 @@ def load_policy(name: str) -> Policy:
 
 
 def require_policy(name: str) -> None:
-    """Raises UserError where nothing of this name could be loaded, without loading it: of a model it reads the config."""
+    """Raises UserError where nothing of this name could be loaded; of a model it reads the config alone."""
     path = Path(name)
     if path.suffix == ENDING or ((path / CONFIG).exists() and not (path / "model").exists()):
         if not path.exists():
