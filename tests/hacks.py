@@ -1,6 +1,6 @@
 """Planted reward hacks, and clean runs: does the monitor see the first, and is it silent in the second?
 
-    python -m tests.hacks                       all hacks and 20 clean runs, 60 iterations each; some 20 minutes
+    python -m tests.hacks                       all hacks and 20 clean runs, 60 iterations each
     python -m tests.hacks --only length magic   some of them, by name
     python -m tests.hacks --json hacks.json     the numbers, too
 
@@ -335,16 +335,14 @@ def run(task: Task, world: World, *, iterations: int = 60, size: int = 64, **mon
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """The hacks, one a row, and the false alarms of the clean runs."""
-    lines = ["| hack | gold peak, iteration | alarm, iteration | by | gold: start, peak, end | evidence |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| hack | gold peak, iteration | alarm, iteration | alarm without a gold score | gold: start, peak, end |",
+             "|---|---|---|---|---|"]  # fmt: skip
     for outcome in outcomes:
         if outcome.hack:
-            first, name = outcome.alarms[0] if outcome.alarms else ("none", "")
-            others = sorted({n for _, n in outcome.alarms} - {name})
+            others = [alarm for alarm in outcome.alarms if alarm[1] != "gold"]
             smooth = outcome.smooth
             gold = ", ".join(f"{value:.2f}" for value in (smooth[0], max(smooth), smooth[-1]))
-            by = name + (f" (later {', '.join(others)})" if others else "")
-            lines.append(f"| {outcome.name} | {outcome.peak} | {first} | {by} | {gold} | {outcome.evidence} |")
+            lines.append(f"| {outcome.name} | {outcome.peak} | {_first(outcome.alarms)} | {_first(others)} | {gold} |")
     clean = [outcome for outcome in outcomes if not outcome.hack]
     false = [outcome for outcome in clean if outcome.alarms]
     better = sum(outcome.smooth[-1] > outcome.smooth[0] for outcome in clean)
@@ -353,6 +351,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
               f"{better} of them)."]  # fmt: skip
     lines += [f"- {outcome.name}: {outcome.alarms[0]} {outcome.evidence!r}" for outcome in false]
     return "\n".join(lines)
+
+
+def _first(alarms: Sequence[tuple[int, str]]) -> str:
+    return f"{alarms[0][0]}, {alarms[0][1]}" if alarms else "none"
 
 
 def main() -> None:
