@@ -1,4 +1,4 @@
-"""What watches a run: checkpoints, samples, distributions, progress, evaluations, guards of the KL and of the reward."""
+"""What watches a run: checkpoints, samples, distributions, progress, evaluation, guards of the KL and of the reward."""
 
 from lit_rlhf.callbacks.checkpoints import Checkpoints
 from lit_rlhf.callbacks.distributions import Distributions

@@ -93,6 +93,8 @@ def policy_config(path: Path, stored: dict[str, Any]) -> DictConfig:
         if config and (plain.get("_target_") not in _LOADERS or nested):
             made_by = plain.get("_target_")
             raise UserError(f"{path} is of a policy made by {made_by!r}, which could run anything; name its run folder")
+        if plain.get("trust_remote_code"):
+            raise UserError(f"{path} asks to trust_remote_code, which could run anything; name its run folder")
     if not config:
         raise UserError(f"{path} holds no policy")
     return config

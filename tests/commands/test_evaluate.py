@@ -342,7 +342,9 @@ def test_a_checkpoint_from_elsewhere_runs_no_code(here):
     stored = torch.load("one/checkpoints/last.ckpt", weights_only=True)
     parts = ["data=list", "data.prompts=[a]", "reward=length"]
     for policy in ({"_target_": "os.mkdir", "path": "escaped"},
-                   {**stored["config"]["policy"], "lora": {"_target_": "os.mkdir", "path": "escaped"}}):  # fmt: skip
+                   {**stored["config"]["policy"], "lora": {"_target_": "os.mkdir", "path": "escaped"}},
+                   {"_target_": "lit_rlhf.models.Policy.from_pretrained", "path": ".", "trust_remote_code": True},
+                   {**stored["config"]["policy"], "trust_remote_code": "${oc.env:HOME}"}):  # fmt: skip
         stored["config"]["policy"] = policy
         torch.save(stored, "hostile.ckpt")
         for command in (["eval", "policy=hostile.ckpt", *parts], ["eval", "run=one", "against=[hostile.ckpt]"],
