@@ -130,8 +130,12 @@ ONLINE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("often", [{}, {"every_n_epochs": None, "every_n_steps": 3}])
-@pytest.mark.parametrize("name", ONLINE)
+STEPS = {"every_n_epochs": None, "every_n_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "often"), [*((name, {}) for name in ONLINE), ("in its validation", STEPS), ("in an iteration", STEPS)]
+)
 def test_online(tmp_path, values, name, often):
     values |= {6: 3.0, 12: 1.0, 18: 2.0}
     assert not fit(tmp_path / "whole", **often)
@@ -150,8 +154,9 @@ OFFLINE = {
 }
 
 
-@pytest.mark.parametrize("often", [{}, {"every_n_steps": 2}])
-@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize(
+    ("name", "often"), [*((name, {"every_n_steps": 2}) for name in OFFLINE), ("at an epoch's end", {})]
+)
 def test_offline_with_validations_within_an_epoch(tmp_path, values, name, often):
     """Also a checkpoint that is written before the validation of its step, as every second one, may be the best."""
     values |= {2: 4.0, 6: 3.0, 8: 1.0, 12: 2.0}

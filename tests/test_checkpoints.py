@@ -52,8 +52,8 @@ class Seen(Checkpoints):
         super().__init__(**settings)
         self.seen = []
 
-    def save(self, trainer, pl_module):
-        super().save(trainer, pl_module)
+    def save(self, *args, **settings):
+        super().save(*args, **settings)
         self.seen.append([name[5:13].lstrip("0") + "/" + name[20:24].lstrip("0") for name in names(self.folder)])
 
 

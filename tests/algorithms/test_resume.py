@@ -104,14 +104,21 @@ def test_three_and_three_iterations_equal_six(tmp_path, lora):
     assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
 
 
-@pytest.mark.parametrize("steps", [1, 4, 6, 8, 11, 12, 13, 17, 18])
-def test_a_kill_in_the_middle_of_an_iteration_changes_nothing(tmp_path, steps):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Four iterations that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(folder, make(), until=4), folder
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6, 11, 13, 18])
+def test_a_kill_in_the_middle_of_an_iteration_changes_nothing(whole, tmp_path, steps):
     """A checkpoint every ``steps`` steps, a kill after the second one (or the first, late in the run)."""
-    whole = run(tmp_path / "whole", make(), until=4)
+    whole, folder = whole
     kill = Stop(step=min(2 * steps, 23))
     run(tmp_path / "split", make(), until=4, every_n_train_steps=steps, stop=kill)
     resumed = run(tmp_path / "split", make(), until=4, ckpt_path=tmp_path / "split/checkpoints/last.ckpt")
-    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+    assert_same(whole, resumed, folder, tmp_path / "split")
 
 
 @pytest.mark.parametrize("steps", [5, 12])
