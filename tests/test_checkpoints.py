@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -17,11 +18,12 @@ from tiny import Prompts
 from lit_rlhf import __version__
 from lit_rlhf.algorithms import PPO
 from lit_rlhf.algorithms.steps import StepGuard
-from lit_rlhf.callbacks import Checkpoints
+from lit_rlhf.callbacks import Checkpoints, Samples
 from lit_rlhf.callbacks.checkpoints import written
 from lit_rlhf.checkpoint_io import damage, remove
 from lit_rlhf.config import differences
 from lit_rlhf.errors import UserError
+from lit_rlhf.loggers import CSVLogger
 from lit_rlhf.run_folder import read_metrics
 
 #: Four iterations of two steps.
@@ -67,6 +69,18 @@ def test_checkpoints_come_within_an_epoch_and_at_its_end_and_the_newest_stay(tra
         ["last.ckpt", *names(tmp_path / "c"), *(f"{name}.sha256" for name in names(tmp_path / "c"))]
     )
     assert not any(map(damage, written(tmp_path / "c")))
+
+
+def test_rows_and_samples_are_on_the_disk_before_the_checkpoint_that_counts_on_them(trainer, tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(Path(new).name), replace(old, new)))
+    loggers = {"logger": CSVLogger(save_dir=tmp_path / "rows"), "default_root_dir": tmp_path / "root"}
+    fit(trainer, Samples(), Checkpoints(dirpath=tmp_path / "c"), **loggers)
+    for name in ("step=00000004-epoch=0001.ckpt", "step=00000008-epoch=0002.ckpt"):
+        before = done[: done.index(name)]
+        assert {"metrics.csv", "rows", "samples.jsonl", "root"} <= set(before)
+        done = done[done.index(name) + 1 :]
 
 
 def test_epochs_can_be_left_out(trainer, tmp_path):
@@ -367,18 +381,19 @@ def test_a_key_that_has_come_since_counts_as_its_default_and_no_other_value():
     assert differences(new, {**new, "gold": {}}, ()) == ["gold: None -> {}"]
 
 
-def test_a_damaged_shard_is_recognised_and_the_sharded_checkpoint_before_is_used(capfd):
+def test_a_damaged_shard_is_recognised_and_the_sharded_checkpoint_before_is_used():
     two = [*RUN, "trainer=fsdp2", "trainer.devices=2", "trainer.limit_val_batches=0", "paths.output_dir=run"]
     assert run_here(*two, "trainer.max_epochs=2").code == 0
-    first = rows("run")
+    first, took = rows("run"), [row["time/iteration"] for row in read_metrics(Path("run"))]
     newest = written(Path("run/checkpoints"))[0]
     assert newest.is_dir()
-    shard = newest / "__1_0.distcp"
-    flip(shard)
+    flip(newest / "__1_0.distcp")
+    assert f"the SHA-256 of {newest.name}/__1_0.distcp is" in damage(newest)
     result = run_here(*two, "trainer.max_epochs=3")
     assert result.code == 0, result.err
-    assert f"the SHA-256 of {newest.name}/{shard.name} is" in capfd.readouterr().err  # of another process
     assert rows("run")[:2] == first
+    again = [row["time/iteration"] for row in read_metrics(Path("run"))]
+    assert (again[0], again[1] == took[1]) == (took[0], False)  # the second iteration was done again
     assert [path.name for path in written(Path("run/checkpoints"))] == [
         "step=00000006-epoch=0003.ckpt", "step=00000004-epoch=0002.ckpt"
     ]  # fmt: skip

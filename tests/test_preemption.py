@@ -94,18 +94,26 @@ def test_in_a_rollout_the_run_ends_at_once_for_it_will_be_drawn_again(whole, pha
     assert_same(whole)
 
 
+BATCHES = ["data.prompts=[A film that,The plot,A book,The end]", "data.batch_size=1"]
+
+
+@pytest.fixture(scope="module")
+def whole_in_batches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batches")
+    assert start(*BATCHES, run=folder).code == 0
+    return folder
+
+
 @pytest.mark.parametrize("step", [8, None])
-def test_a_validation_ends_before_its_next_batch_and_is_done_again(step):
+def test_a_validation_ends_before_its_next_batch_and_is_done_again(whole_in_batches, step):
     """The one after the second iteration, and the one before training."""
-    batches = ["data.prompts=[A film that,The plot,A book,The end]", "data.batch_size=1"]
-    assert start(*batches, run="whole").code == 0
-    result = start(*batches, strike={"phase": "validation", "step": step or "null"})
+    result = start(*BATCHES, strike={"phase": "validation", "step": step or "null"})
     assert result.code == PREEMPTED
     assert summary()["status"] == "preempted"
     assert Path("cut/checkpoints").exists() == (step is not None)
     assert step is None or [row["iteration"] for row in rows("cut")] == ["0", "1"]
-    assert start(*batches).code == 0
-    assert_same("whole")
+    assert start(*BATCHES).code == 0
+    assert_same(whole_in_batches)
 
 
 def test_without_a_checkpoint_of_its_start_a_rollout_is_finished_first(whole):
