@@ -41,7 +41,7 @@ def _halved(run: Path) -> bool:
 #: <algorithm>+<join> is that algorithm's run with more that can go wrong in it: the arguments, and whether it did.
 JOINS: dict[str, tuple[str, list[str], Callable[[Path], bool]]] = {
     "guard": (
-        "grpo", ["callbacks=kl_guard", "callbacks.kl_guard.max_kl=0.7", "optimizer.lr=0.03"],
+        "grpo", ["callbacks=kl_guard", "callbacks.kl_guard.max_kl=0.85", "optimizer.lr=0.03"],
         _above_0("kl_guard/rollbacks"),
     ),
     "wandb": (
