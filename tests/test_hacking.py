@@ -56,7 +56,7 @@ def alarms_of(shift, steps, seed=0):
 
 
 def test_false_alarms_are_rare_at_the_threshold_and_none_below_it():
-    """About one in 20,000 iterations at the threshold: 100,000 have 5, and more than 15 once in 10,000 times."""
+    """About one in 17,000 iterations at the threshold: 100,000 have 6, and more than 15 once in 2,000 times."""
     assert alarms_of(0.0, 100_000) <= 15
     assert alarms_of(-0.5, 100_000) == 0
     assert alarms_of(1.0, 1000) > 30  # about every 17 iterations
@@ -137,6 +137,14 @@ def test_novelty_is_the_share_of_words_and_pairs_that_the_reward_model_never_rea
     assert torch.equal(torch.get_rng_state(), state)
     assert found.suspects.tolist() == pytest.approx([(0 + 1 / 2) / 2, 0, 0])
     assert Novelty().measure(iteration(1, PLAIN)) is None
+
+
+def test_novelty_reads_the_data_of_the_run_that_left_a_reward_model(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {_target_: lit_rlhf.data.ListPrompts, prompts: [A fine film]}")
+    (found,) = readings(Novelty(data=str(tmp_path / "model")), ["a fine plot"])
+    assert found.value == pytest.approx((1 / 3 + 1 / 2) / 2)
+    with pytest.raises(UserError, match=r"data='nowhere' is neither a datamodule nor a run folder with config\.yaml"):
+        Novelty(data="nowhere")
 
 
 def test_disagreement_finds_the_spread_of_an_ensemble_wherever_it_stands():

@@ -312,13 +312,15 @@ def test_a_resumed_run_is_new_in_the_same_group_and_names_the_old_one(tmp_path):
     assert not [row for row in ids[resumed.config["resumed_from"]].history if row["iteration"] == 3]
 
 
-def test_a_nan_alerts_once(tmp_path):
+def test_a_nan_and_a_callbacks_alarm_alert_once(tmp_path):
     logger = WandbLogger(save_dir=tmp_path, alert_kl=5.0)
     for step in (1, 2):
         logger.log_metrics({"objective/kl": math.nan, "a": 1.0, "b": math.nan}, step=step)
+    for text in ("first", "second"):
+        logger.log_alert("Reward hacking: gold", text)
     logger.finish()
     (run,) = runs(tmp_path)
-    assert run.alerts == {"NaN": "iteration 1: objective/kl, b"}
+    assert run.alerts == {"NaN": "iteration 1: objective/kl, b", "Reward hacking: gold": "first"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.hacking.statistics import Baseline, Detector, Iteration, Reading, Rise, correlation, grams
-from lit_rlhf.hacking.texts import read_texts
+from lit_rlhf.hacking.texts import config_of, read_texts
 
 _KEPT = 5000  # n-grams of each length that the baseline remembers
 
@@ -313,12 +313,17 @@ class Novelty(Rise):
             ``model/``; None switches this off. The columns text, chosen, rejected, prompt and completion are read.
         n: words of the longest n-grams, at least 1.
         rise: > 0.
+
+    Raises:
+        UserError: a value out of its range, or a folder of no run; in a run, batches without texts.
     """
 
     def __init__(self, *, data: L.LightningDataModule | str | None = None, n: int = 2, rise: float = 0.2) -> None:
         super().__init__()
         self.n = check_int("n", n, at_least=1)
         self.rise = check_number("rise", rise, above=0)
+        if isinstance(data, str):
+            config_of(data)  # refuses now what it would refuse in the first iteration
         self.data = data
         self.known: set[str] | None = None
 

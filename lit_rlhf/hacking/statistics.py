@@ -8,7 +8,7 @@ doi:10.1093/biomet/41.1-2.100) adds these up over the iterations,
     S_t = max(0, S_{t-1} + min(z_t, 4) - 1/2),
 
 and raises an alarm when S exceeds a limit, 8 by default. One iteration alone never does: it takes 3 at the least. Where
-the effect lies exactly at the threshold, z is standard normal, and there is one false alarm in about 20,000 iterations;
+the effect lies exactly at the threshold, z is standard normal, and there is one false alarm in about 17,000 iterations;
 below the threshold there are fewer, above it comes the sooner the farther.
 """
 

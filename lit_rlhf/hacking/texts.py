@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import yaml
@@ -42,10 +41,20 @@ def read_texts(data: L.LightningDataModule | str) -> Iterator[list[str]]:
                 return
 
 
-def _data_of(folder: Any) -> L.LightningDataModule:
+def _data_of(folder: str) -> L.LightningDataModule:
     """The datamodule that a run's config.yaml describes."""
-    paths = [Path(str(folder)) / CONFIG, Path(str(folder)).parent / CONFIG]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
+    config = yaml.safe_load(config_of(folder).read_text(encoding="utf-8"))
+    return instantiate(OmegaConf.create(config["data"]), "data")
+
+
+def config_of(folder: str) -> Path:
+    """The config.yaml of a run's folder, or of that whose ``model/`` it is.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(folder) / CONFIG
+    path = path if path.is_file() else Path(folder).parent / CONFIG
+    if not path.is_file():
         raise UserError(f"data={folder!r} is neither a datamodule nor a run folder with {CONFIG}, nor its model/")
-    return instantiate(OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]), "data")
+    return path
