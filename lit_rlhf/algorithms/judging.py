@@ -45,7 +45,7 @@ def _judge_share(algorithm: "OnlineAlgorithm", prompts: PromptBatch, seed: int) 
         require_columns(key, judge, prompts.columns)
     tokenizer = algorithm.policy.tokenizer
     with algorithm.phase("rollout"):
-        rollout = complete(algorithm, prompts, seed)
+        rollout = algorithm.rollout(prompts, seed)
     completions = decode_completions(rollout, tokenizer)
     ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
     # A reward that draws random numbers draws the same ones in a resumed run.

@@ -16,9 +16,9 @@ from lit_rlhf.algorithms.controllers import schedule_metrics, update_controllers
 from lit_rlhf.algorithms.halves import add_gradients
 from lit_rlhf.algorithms.held_out import HeldOut
 from lit_rlhf.algorithms.judged import Anchors, Judged, describe, sample_rows
-from lit_rlhf.algorithms.judging import anchor, judge
+from lit_rlhf.algorithms.judging import anchor, complete, judge
 from lit_rlhf.algorithms.means import RunningMean
-from lit_rlhf.batch import Experience, Rollout
+from lit_rlhf.batch import Experience, PromptBatch, Rollout
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.clip import Clip
 from lit_rlhf.data.passes import SeededPasses
@@ -216,6 +216,10 @@ class OnlineAlgorithm(Algorithm):
     def judge(self, rows: list[Row], episodes: Tensor, seed: int) -> Judged:
         """Stages 1 to 3: completes prompts and measures the completions. Used by training and validation alike."""
         return judge(self, rows, episodes, seed)
+
+    def rollout(self, prompts: PromptBatch, seed: int) -> Rollout:
+        """Stage 1, see ``judging.complete``."""
+        return complete(self, prompts, seed)
 
     def anchor(self, rollout: Rollout) -> Anchors:
         """Stage 3, see ``judging.anchor``."""
