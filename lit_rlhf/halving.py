@@ -15,7 +15,7 @@ T = TypeVar("T")
 #: stage -> the config keys that make it take less memory
 REMEDIES = {
     "rollout": "sampler.chunk_size",
-    "anchor": "algorithm.minibatch_size",
+    "anchor": "algorithm.minibatch_size of a new run",
     "update": "policy.gradient_checkpointing=true or, in a new run, trainer.accumulate_grad_batches or data.batch_size",
     "score": "reward.batch_size",
 }
