@@ -27,7 +27,7 @@ from lit_rlhf.hacking import (
     Cusum,
     Detector,
     Disagreement,
-    Entropy,
+    EntropyFalls,
     GoldFalls,
     Iteration,
     KLSpeed,
@@ -163,7 +163,7 @@ def test_kl_speed_is_the_growth_since_the_iteration_before():
 
 def test_entropy_is_that_of_a_token():
     metrics = {"objective/entropy": 12.0, "rollout/response_length": 4.0}
-    assert Entropy().measure(iteration(1, PLAIN, metrics=metrics)).value == 3.0
+    assert EntropyFalls().measure(iteration(1, PLAIN, metrics=metrics)).value == 3.0
 
 
 def test_length_explains_what_its_slope_says():
@@ -237,7 +237,7 @@ def grows(number):
     return 0.02 + 0.9 * min(1.0, max(0, number - 15) / 10)
 
 
-@pytest.mark.parametrize("detector", [Repetition(), Collapse(), Phrase(), Disagreement(), Entropy(), KLSpeed()])
+@pytest.mark.parametrize("detector", [Repetition(), Collapse(), Phrase(), Disagreement(), EntropyFalls(), KLSpeed()])
 def test_a_word_that_takes_over_is_seen_by_each_and_random_words_by_none(detector):
     made = type(detector)
     number, _ = first_alarm(made(), written(1, grows))
@@ -275,7 +275,7 @@ def test_a_detector_goes_on_from_its_state_to_the_bit(name):
         (lambda: Repetition(n=0), "n must be a whole number of at least 1, got 0"),
         (lambda: Collapse(rise=-1), "rise must be .* above 0, got -1"),
         (lambda: Phrase(share=0), "share must be"),
-        (lambda: Entropy(ratio=2), "ratio must be .* below 1, got 2"),
+        (lambda: EntropyFalls(ratio=2), "ratio must be .* below 1, got 2"),
         (lambda: KLSpeed(nats=0), "nats must be"),
         (lambda: Novelty(rise=0), "rise must be"),
         (lambda: HackingMonitor(action="panic"), r"callbacks\.hacking\.action must be one of warn, stop"),

@@ -21,7 +21,7 @@ from lit_rlhf.hacking import (
     Cusum,
     Detector,
     Disagreement,
-    Entropy,
+    EntropyFalls,
     GoldFalls,
     Iteration,
     KLSpeed,
@@ -276,7 +276,7 @@ def default_detectors() -> dict[str, Detector]:
         "repetition": Repetition(),
         "collapse": Collapse(),
         "phrase": Phrase(),
-        "entropy": Entropy(),
+        "entropy": EntropyFalls(),
         "kl_speed": KLSpeed(),
         "novelty": Novelty(),
     }

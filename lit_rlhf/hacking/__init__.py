@@ -3,7 +3,7 @@
 from lit_rlhf.hacking.detectors import (
     Collapse,
     Disagreement,
-    Entropy,
+    EntropyFalls,
     GoldFalls,
     KLSpeed,
     LengthGain,
@@ -19,7 +19,7 @@ __all__ = [
     "Cusum",
     "Detector",
     "Disagreement",
-    "Entropy",
+    "EntropyFalls",
     "GoldFalls",
     "Iteration",
     "KLSpeed",

@@ -250,7 +250,7 @@ class Phrase(Detector):
         self.times = Counter({gram: counts[1] for gram, counts in state["seen"].items()})
 
 
-class Entropy(Rise):
+class EntropyFalls(Rise):
     """The policy is sure of every token: minus the log-probability of a token, the rollout's mean, in nats.
 
     H0: at least ``ratio`` of the baseline's.
