@@ -33,7 +33,8 @@ class Tight(L.Callback):
     """Passes with more than ``rows`` rows find no memory.
 
     Args:
-        stage: "rollout", "anchor", "forward" or "backward" of an update, or "natural", TRPO's own passes.
+        stage: "rollout", "anchor", "forward" or "backward" of an update, "early", the backward pass of the policy
+            before that of a separate critic, or "natural", TRPO's own passes.
         rows: that fit.
         after: passes of the stage, whatever their size, that find enough.
     """
@@ -43,15 +44,16 @@ class Tight(L.Callback):
         self.failed = []
 
     def setup(self, trainer, module, stage):
-        part, name = PASSES.get(self.stage, (None, "batch_loss"))
+        part, name = PASSES.get(self.stage, (None, "policy_loss" if self.stage == "early" else "batch_loss"))
         owner = getattr(module, part) if part else module
         passes = getattr(owner, name)
 
         def tight(*args, **kwargs):
             rows = len(args[1]) if self.stage == "rollout" else len(args[0]) if part else module.rows_of(args[0])
             result = passes(*args, **kwargs)
-            if self.stage == "backward":
-                result.register_hook(lambda _: self.check(rows))
+            if self.stage in ("backward", "early"):
+                loss = result[0] if self.stage == "early" else result
+                loss.register_hook(lambda _: self.check(rows))
             elif self.stage in ("rollout", "forward") or torch.is_grad_enabled() == (self.stage == "natural"):
                 self.check(rows)
             return result
@@ -131,6 +133,17 @@ def test_an_update_does_its_step_again_with_the_same_gradient(trainer, stage, na
     tight = Tight(stage, 4 // micro, after=micro - 1)
     assert_close_runs(outcome(trainer, online(name), tight, accumulate_grad_batches=micro), whole)
     assert tight.failed == [8 // micro]
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_the_policys_backward_pass_before_a_separate_critics_is_done_again_once(trainer, micro):
+    name = "PPO with a separate critic"
+    whole = outcome(trainer, online(name), accumulate_grad_batches=micro)
+    tight = Tight("early", 4 // micro, after=micro - 1)
+    assert_close_runs(outcome(trainer, online(name), tight, accumulate_grad_batches=micro), whole)
+    assert tight.failed == [8 // micro]
+    with pytest.raises(UserError, match="out of memory in stage 'update' with 4 rows at once"):
+        outcome(trainer, online(name), Tight("early", 2))
 
 
 def test_a_natural_step_is_taken_in_halves_from_where_it_began(trainer):

@@ -209,8 +209,9 @@ class Algorithm(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002
         return halves.step_loss(self, batch)
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        halves.backward(self, loss, partial(super().backward, loss, *args, **kwargs))
+    def backward(self, loss: Tensor, *args: Any, within_loss: bool = False, **kwargs: Any) -> None:
+        run = partial(super().backward, loss, *args, **kwargs)
+        run() if within_loss else halves.backward(self, loss, run)
 
     def forget_step(self) -> None:
         """Drops what was measured in the step under way."""

@@ -69,8 +69,14 @@ def _loss_in_halves(algorithm: "Algorithm", batch: Any) -> Tensor:
         _halve(algorithm, error, batch)  # raises, as these are halves already
 
 
-def add_gradients(algorithm: "Algorithm", loss: Tensor) -> None:
-    """Adds a loss's gradients as Lightning does after a training step."""
+def add_gradients(algorithm: "Algorithm", loss: Tensor, *, within_loss: bool = False) -> None:
+    """Adds a loss's gradients as Lightning does after a training step.
+
+    Args:
+        within_loss: whether more of the micro-batch's loss is to come. A lack of memory is then raised as it is, for
+            whoever asked for that loss does its step again.
+    """
     trainer = algorithm.trainer
     with torch.autocast(algorithm.device.type, enabled=False):
-        trainer.strategy.backward(loss / trainer.accumulate_grad_batches, trainer.optimizers[0])
+        loss = loss / trainer.accumulate_grad_batches
+        trainer.strategy.backward(loss, trainer.optimizers[0], within_loss=within_loss)

@@ -263,7 +263,8 @@ class OnlineAlgorithm(Algorithm):
         loss, metrics = self.policy_loss(batch, output, tokens)
         if self.critic is not None:
             if loss.requires_grad and getattr(self.critic, "apart", False) and world_size() == 1:
-                add_gradients(self, weight * loss)  # frees the policy's activations before the critic has its own
+                # Frees the policy's activations before the critic has its own.
+                add_gradients(self, weight * loss, within_loss=True)
                 loss = loss.detach()
             values = self.critic(output, *tokens)[:, :-1]
             value_loss, value_metrics = self.value_loss(batch, values)  # 7 loss
