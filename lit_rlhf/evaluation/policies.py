@@ -87,17 +87,26 @@ def policy_config(path: Path, stored: dict[str, Any]) -> DictConfig:
     if run is not None:
         config = OmegaConf.load(run / CONFIG).get("policy")
     else:
-        config = OmegaConf.create((stored["config"] or {}).get("policy") or {})
-        plain = OmegaConf.to_container(config, resolve=False)
-        nested = any("_target_" in part for part in plain.values() if isinstance(part, dict))
-        if config and (plain.get("_target_") not in _LOADERS or nested):
-            made_by = plain.get("_target_")
+        plain = (stored["config"] or {}).get("policy") or {}
+        made_by = plain.get("_target_")
+        others = {key: value for key, value in plain.items() if key != "_target_"}
+        if plain and (made_by not in _LOADERS or not _says_only_itself(others)):
             raise UserError(f"{path} is of a policy made by {made_by!r}, which could run anything; name its run folder")
         if plain.get("trust_remote_code"):
             raise UserError(f"{path} asks to trust_remote_code, which could run anything; name its run folder")
+        config = OmegaConf.create(plain)
     if not config:
         raise UserError(f"{path} holds no policy")
     return config
+
+
+def _says_only_itself(value: Any) -> bool:
+    """Whether nothing in a part of a config is made, called or looked up when it is instantiated, however deep."""
+    if isinstance(value, dict):
+        return all(not str(key).startswith("_") and _says_only_itself(part) for key, part in value.items())
+    if isinstance(value, list):
+        return all(map(_says_only_itself, value))
+    return not isinstance(value, str) or "${" not in value
 
 
 def load_weights(policy: Policy, path: Path, stored: dict[str, Any]) -> None:

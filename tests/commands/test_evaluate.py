@@ -341,8 +341,12 @@ def test_a_checkpoint_of_another_policy_is_refused(here):
 def test_a_checkpoint_from_elsewhere_runs_no_code(here):
     stored = torch.load("one/checkpoints/last.ckpt", weights_only=True)
     parts = ["data=list", "data.prompts=[a]", "reward=length"]
+    copied = {"src": "hostile.ckpt", "dst": "escaped"}  # which Hydra itself would do
     for policy in ({"_target_": "os.mkdir", "path": "escaped"},
                    {**stored["config"]["policy"], "lora": {"_target_": "os.mkdir", "path": "escaped"}},
+                   {**stored["config"]["policy"], "lora": {"r": {"_target_": "shutil.copy", **copied}}},
+                   {**stored["config"]["policy"], "_args_": [[{"_target_": "shutil.copy", **copied}]]},
+                   {"_target_": "lit_rlhf.models.Policy.from_pretrained", "path": "${oc.env:HOME}"},
                    {"_target_": "lit_rlhf.models.Policy.from_pretrained", "path": ".", "trust_remote_code": True},
                    {**stored["config"]["policy"], "trust_remote_code": "${oc.env:HOME}"}):  # fmt: skip
         stored["config"]["policy"] = policy
