@@ -18,7 +18,7 @@ from ppo_runs import make as make_ppo
 from tiny import Prompts, letters, tiny_policy
 
 from lit_rlhf import SFT, algorithms
-from lit_rlhf.callbacks import Checkpoints, HackingMonitor, Samples
+from lit_rlhf.callbacks import Checkpoints, HackingMonitor, KLGuard, Samples
 from lit_rlhf.callbacks.hacking import default_detectors
 from lit_rlhf.distributed import run_in_processes
 from lit_rlhf.errors import UserError
@@ -443,6 +443,37 @@ def test_where_no_rollback_is_left_the_run_stops(tmp_path):
     assert monitor.rollback.count == 1
     assert stopped.stopped_by == "callbacks.hacking"
     assert stopped.lr_scale == 0.5
+
+
+class Seen(Detector):
+    """Notes the iterations it was shown; the first two are suspect."""
+
+    def __init__(self):
+        self.numbers = []
+
+    def measure(self, iteration):
+        self.numbers.append(iteration.number)
+        return Reading(1.0, 4.0 if iteration.number <= 2 else -4.0, torch.zeros(len(iteration.rows)))
+
+    def state_dict(self):
+        return {"numbers": list(self.numbers)}
+
+    def load_state_dict(self, state):
+        self.numbers = list(state["numbers"])
+
+
+@pytest.mark.parametrize("first", [KLGuard, HackingMonitor])
+def test_an_iteration_that_a_guard_has_done_again_counts_once(tmp_path, first):
+    """Two iterations of evidence 3.5 are 7; what the guard takes back is neither seen, raised nor lost."""
+    guard = KLGuard(max_kl=12, max_rollbacks=10)
+    monitor = HackingMonitor(action="raise_kl", evidence=6, detectors={"seen": Seen()})
+    one, *others = sorted([guard, monitor], key=lambda callback: not isinstance(callback, first))
+    found = monitored(tmp_path, one, extra=others, lr=0.06, until=3)
+    assert guard.rollback.count >= 2
+    assert monitor.detectors["seen"].numbers == [1, 2, 3]
+    assert [(alarm["iteration"], alarm["logged"]) for alarm in alarms_in(tmp_path)] == [(2, 2)]
+    assert column(tmp_path, "hacking/alarms") == [0, 1, 1]
+    assert found.kl.scale == 2
 
 
 def test_a_rollback_needs_checkpoints(tmp_path):

@@ -183,20 +183,33 @@ class HackingMonitor(Callback):
             log.warning("iteration %d: the run cannot be put back once more: it stops after this iteration", number)
             self.stopping = True
             return
-        then = trainer.strategy.load_checkpoint(place, weights_only=True)["callbacks"][self.state_key]
         scale = module.kl.scale * self.factor
+        self.led_back += raised
 
-        def take_back() -> None:
-            led_back = [*self.led_back, *raised]
-            for alarm in led_back:
-                if alarm.get("logged", math.inf) > module.last_logged:
-                    alarm.pop("logged", None)  # its line was cut, or not written yet
-            cut = [alarm for alarm in led_back if "logged" not in alarm]
-            now = {"alarms": self.alarms, "unwritten": cut, "led_back": led_back, "rollbacks": self.rollback.count}
-            self.load_state_dict({**then, **now})
+        def raise_kl() -> None:
             module.kl.scale = scale
 
-        self.rollback.go_back(trainer, module, f"iteration {number}: reward hacking", take_back)
+        self.rollback.go_back(trainer, module, f"iteration {number}: reward hacking", raise_kl)
+
+    def on_taken_back(self, trainer: Trainer, pl_module: LightningModule, states: Mapping[str, Any]) -> None:
+        """Called when any callback has put the run back, with all callbacks' states there.
+
+        What was seen of the iterations that are done again is forgotten, or it would count twice.
+        """
+        del trainer
+        if self.state_key not in states:
+            return  # it was not there yet
+        then = states[self.state_key]
+        for alarm in self.led_back:
+            if alarm.get("logged", math.inf) > pl_module.last_logged:
+                alarm.pop("logged", None)  # its line was cut, or not written yet
+        now = {
+            "alarms": then["alarms"] + len(self.led_back) - len(then["led_back"]),
+            "unwritten": [alarm for alarm in self.led_back if "logged" not in alarm],
+            "led_back": self.led_back,
+            "rollbacks": self.rollback.count,
+        }
+        self.load_state_dict({**then, **now})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Ends the run with the iteration's last step; before that it would end within the iteration."""

@@ -101,8 +101,9 @@ class Rollback:
             what, place.name, self.lr_factor, self.count, self.most,
         )  # fmt: skip
         scale = pl_module.lr_scale * self.lr_factor
-        restore(trainer, pl_module, place)
+        states = restore(trainer, pl_module, place)
         pl_module.lr_scale = scale
+        pl_module.call_hook("on_taken_back", states)
         then()
         _checkpoints(trainer).on_rollback(trainer)
         raise RolledBack
@@ -129,10 +130,11 @@ def _checkpoints(trainer: Trainer) -> Checkpoints:
     return next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
 
 
-def restore(trainer: Trainer, module: LightningModule, path: Path) -> None:
+def restore(trainer: Trainer, module: LightningModule, path: Path) -> dict[str, Any]:
     """Puts a fit, within a rollout, back to the beginning of an earlier iteration: weights, optimiser, loops, module.
 
-    Callbacks keep what they know; rows and samples from after the checkpoint are cut.
+    Rows and samples from after the checkpoint are cut. Callbacks keep what they know, unless they have a hook
+    ``on_taken_back``; it returns the states of then, by their ``state_key``.
 
     Args:
         path: a checkpoint of the end of an iteration, or of the beginning of one.
@@ -147,6 +149,7 @@ def restore(trainer: Trainer, module: LightningModule, path: Path) -> None:
     module.loader.load_state_dict(stored["lit_rlhf"]["loader"])
     module._loader_state = None  # it is loaded
     module.cut_rows(module.last_logged)
+    return stored["callbacks"]
 
 
 def _begin_epoch(fit_loop: Any) -> None:
