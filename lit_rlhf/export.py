@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from omegaconf import DictConfig
 from peft import PeftModel
 
@@ -255,7 +254,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload by lit-rlhf export")
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub, or of the HTTP client that the installed huggingface_hub has
         raise UserError(f"push_to_hub={repository}: {(str(error).splitlines() or [repr(error)])[0]}") from error
     return str(address)
 

@@ -123,6 +123,21 @@ def test_it_is_uploaded_only_when_asked_and_to_the_repository_that_is_named(monk
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(calls[1][1])
 
 
+def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line(monkeypatch):
+    class ConnectError(Exception):
+        """As httpx has it: no OSError."""
+
+    class Hub:
+        def create_repo(self, *_, **__):
+            raise ConnectError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(lit_rlhf.export, "HfApi", Hub)
+    result = run_here("export", "run=whole", "output=unsent", "push_to_hub=me/mine")
+    assert result.code == 1
+    assert "push_to_hub=me/mine: [Errno 111] Connection refused" in result.err
+    assert "Traceback" not in result.err
+
+
 def test_the_base_is_the_model_that_the_first_run_started_from(tmp_path):
     for name, policy in (("sft", "smollm2"), ("ppo", str(tmp_path / "sft" / "model"))):
         (tmp_path / name).mkdir()
