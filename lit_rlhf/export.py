@@ -163,7 +163,7 @@ def model_card(
     ]
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {name}",
-        f"{what} trained by {kind} with lit_rlhf{f' from {_code(base)}' if base else ''}.",
+        f"{what} trained by {kind} with lit_rlhf{f' from {_code(_without_places(base))}' if base else ''}.",
         "\n".join(settings),
         _usage(name, scores=scores, adapter=adapter),
         "\n".join(["## On held-out data", "", *(_measured(evaluation) or _validated(rows))]),

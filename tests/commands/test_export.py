@@ -138,6 +138,14 @@ def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line(monkeypatch):
     assert "Traceback" not in result.err
 
 
+def test_a_card_does_not_say_in_whose_folder_the_base_model_lies():
+    config = {"algorithm": {"_target_": "x.PPO"}, "policy": {"path": "/home/someone/work/models/base"}}
+    base = config["policy"]["path"]
+    text = model_card(config, [], name="m", base=base, adapter=False, license=None, evaluation={})
+    assert "someone" not in text
+    assert "from `.../work/models/base`" in text
+
+
 def test_the_base_is_the_model_that_the_first_run_started_from(tmp_path):
     for name, policy in (("sft", "smollm2"), ("ppo", str(tmp_path / "sft" / "model"))):
         (tmp_path / name).mkdir()
