@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.faults.campaign import FAULTS, FAULTS_OF_SEVERAL, plan
 from tests.faults.comparison import compare
-from tests.faults.tasks import algorithms, is_offline, is_several, joins
+from tests.faults.tasks import algorithms, command, is_meant, is_offline, is_several, joins
 
 
 def test_runs_that_are_killed_preempted_and_damaged_end_as_if_nothing_had_happened(tmp_path):
@@ -22,6 +22,12 @@ def test_runs_that_are_killed_preempted_and_damaged_end_as_if_nothing_had_happen
     assert result.returncode == 0, result.stdout + result.stderr
     (total,) = [line.split() for line in result.stdout.splitlines() if line.startswith("all ")]
     assert total == ["all", "2", "2", "0", "0"]
+
+
+def test_an_update_that_finds_no_memory_is_halved_in_the_run_that_is_about_it(tmp_path):
+    result = run_here(*command("grpo+memory", tmp_path / "run", tmp_path))
+    assert result.code == 0, result.err
+    assert is_meant("grpo+memory", tmp_path / "run")
 
 
 def test_every_algorithm_and_every_fault_has_its_turn():

@@ -32,10 +32,10 @@ class Tight(L.Callback):
     def setup(self, trainer, module, stage):
         loss = module.batch_loss
 
-        def tight(batch):
+        def tight(batch, *share):
             if trainer.global_step >= 3 and module.rows_of(batch) > self.rows:
                 raise torch.OutOfMemoryError("out of memory: planted")
-            return loss(batch)
+            return loss(batch, *share)
 
         module.batch_loss = tight
 
