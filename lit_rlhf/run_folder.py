@@ -62,12 +62,12 @@ def sync(path: Path) -> None:
 
 
 def sync_rows(folders: Iterable[str | Path | None]) -> None:
-    """Brings the rows and samples in run folders to the disk.
+    """Brings the rows, samples and alarms in run folders to the disk.
 
     Raises:
         UserError: the system refuses.
     """
-    for path in (Path(folder) / name for folder in folders if folder for name in (METRICS, SAMPLES)):
+    for path in (Path(folder) / name for folder in folders if folder for name in (METRICS, SAMPLES, ALARMS)):
         if path.exists():
             with writing(path):
                 sync(path)

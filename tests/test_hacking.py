@@ -368,6 +368,13 @@ def test_an_alarm_names_its_evidence_in_log_file_and_alert(tmp_path, caplog):
     assert column(tmp_path, "hacking/suspect/evidence")[:5] == [0, 0, 3.5, 7, 10.5]
 
 
+def test_alarms_are_on_the_disk_before_a_checkpoint_counts_on_them(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("lit_rlhf.run_folder.sync", lambda path: synced.append(path.name))
+    monitored(tmp_path, HackingMonitor(detectors={"suspect": Suspect(since=1)}), until=4)
+    assert "alarms.jsonl" in synced
+
+
 def test_every_statistic_is_logged_under_a_documented_name(tmp_path):
     ensemble = EnsembleReward(rewards={"one": letters, "two": lambda **columns: [1.0] * len(columns["prompts"])})
     monitored(tmp_path, HackingMonitor(baseline=2), reward=ensemble, until=4)
