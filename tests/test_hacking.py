@@ -362,7 +362,8 @@ def test_an_alarm_names_its_evidence_in_log_file_and_alert(tmp_path, caplog):
     warned = [r.message for r in caplog.records if "reward hacking?" in r.message]
     assert len(warned) == 2
     assert repr(first["completions"][0]["completion"]) in warned[0]
-    assert algorithm.trainer.logger.alerts[0] == ("Reward hacking: suspect", warned[0])
+    titles = [f"Reward hacking: suspect, iteration {number}" for number in (5, 8)]  # W&B's logger sends each title once
+    assert algorithm.trainer.logger.alerts == list(zip(titles, warned, strict=True))
     assert column(tmp_path, "hacking/alarms") == [0, 0, 0, 0, 1, 1, 1, 2, 2]
     assert column(tmp_path, "hacking/suspect") == list(range(1, 10))
     assert column(tmp_path, "hacking/suspect/evidence")[:5] == [0, 0, 3.5, 7, 10.5]

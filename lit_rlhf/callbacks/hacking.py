@@ -242,7 +242,8 @@ class HackingMonitor(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_alert"):
                 for alarm in alarms:
-                    logger.log_alert(f"Reward hacking: {alarm['detector']}", describe_alarm(alarm))
+                    title = f"Reward hacking: {alarm['detector']}, iteration {alarm['iteration']}"
+                    logger.log_alert(title, describe_alarm(alarm))
 
     @rank_zero_only
     def resume_from(self, iteration: int) -> None:
