@@ -50,6 +50,12 @@ class Evaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._start = state_dict["start"]
 
+    def on_taken_back(self, trainer: Trainer, pl_module: LightningModule, states: dict[str, Any]) -> None:
+        """Called when a callback has put the run back, with all callbacks' states there: the start may be ahead."""
+        del trainer, pl_module
+        if self.state_key in states:
+            self.load_state_dict(states[self.state_key])
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         del trainer, stage
         if not getattr(pl_module, "online", False):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny import Prompts, letters, tiny_policy
 from torch.utils.data import DataLoader
 
 from lit_rlhf.algorithms import SFT
-from lit_rlhf.callbacks import Evaluation
+from lit_rlhf.callbacks import Checkpoints, Evaluation, KLGuard
 from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation import DistinctN
 from lit_rlhf.metrics import lookup
@@ -97,6 +98,20 @@ def test_the_best_checkpoint_is_chosen_by_any_of_them_and_a_resumed_run_compares
     assert one == other
     assert {"val/text/perplexity", "val/win_rate/score"} <= set(one[-1])
     assert all(math.isfinite(value) for row in one for value in row.values())
+
+
+def test_the_start_is_not_a_validation_that_was_taken_back(trainer, tmp_path):
+    rows, lr = [], 0.06
+    for name in ("back", "slow"):
+        guard = KLGuard(max_kl=13, max_rollbacks=10)
+        callbacks = [Evaluation(), guard, Checkpoints(dirpath=tmp_path / name)]
+        ppo = make(optimizer=partial(torch.optim.Adam, lr=lr))
+        watch = fit(trainer, ppo, callbacks=callbacks, enable_checkpointing=True, **{**VALIDATED, "max_epochs": 2})
+        rows.append([row["val/win_rate/score"] for row in watch.rows[-2:]])
+        assert (guard.rollback.count > 0) == (name == "back")
+        lr *= 0.5**guard.rollback.count
+    assert rows[0] == rows[1]
+    assert rows[0][0] == 0.5
 
 
 def test_what_cannot_be_measured_is_refused(trainer):
