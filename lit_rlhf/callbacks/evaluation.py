@@ -81,8 +81,9 @@ class Evaluation(Callback):
         found = text_metrics([row["completion"] for row in rows])
         if not self._start:
             self._start = [{key: row[key] for key in _KEPT} for row in rows]
-        if [row["prompt"] for row in rows] == [row["prompt"] for row in self._start]:
-            rates = win_rates(rows, self._start, samples=1)
+        now, then = _of_both(rows, self._start)
+        if now:
+            rates = win_rates(now, then, samples=1)
             if learns(pl_module.reward):
                 del rates["score"]
             for judge, kinds in rates.items():
@@ -101,3 +102,16 @@ class Evaluation(Callback):
         with module.autocast_for_many():
             metric.update(*text_nats(module.policy, self._texts))
         return metric.compute().perplexity.value
+
+
+def _of_both(rows: Rows, start: Rows) -> tuple[Rows, Rows]:
+    """The rows of the same prompts in the same order, of which one side may lack batches whose reward failed.
+
+    None where they are of other prompts.
+    """
+    longer, shorter = (rows, start) if len(rows) >= len(start) else (start, rows)
+    rest = iter(longer)
+    found = [row for one in shorter for row in [next((r for r in rest if r["prompt"] == one["prompt"]), None)] if row]
+    if len(found) < len(shorter):
+        return [], []
+    return (found, shorter) if longer is rows else (shorter, found)

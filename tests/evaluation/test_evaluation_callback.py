@@ -100,6 +100,31 @@ def test_the_best_checkpoint_is_chosen_by_any_of_them_and_a_resumed_run_compares
     assert all(math.isfinite(value) for row in one for value in row.values())
 
 
+class FailsOnce:
+    """Of the first validation's second batch."""
+
+    on_failure = "skip_batch"
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, prompts, completions, **columns):
+        self.calls += 1
+        if self.calls == 3:
+            raise UserError("no answer")
+        return letters(prompts, completions)
+
+
+def test_what_a_failing_reward_left_out_of_the_first_validation_is_not_missed_in_later_ones(trainer):
+    rows, samples = watched(trainer, Evaluation(), reward=FailsOnce())
+    assert [row["val/rollout/skipped_batches"] for row in rows] == [1, 0, 0]
+    assert 0 < len(samples[0]) < len(samples[2])
+    pairs = list(zip(samples[2], samples[0], strict=False))  # the last ones were left out
+    assert [a["prompt"] for a, _ in pairs] == [b["prompt"] for _, b in pairs]
+    wins = sum((a["score"] > b["score"]) + 0.5 * (a["score"] == b["score"]) for a, b in pairs) / len(pairs)
+    assert rows[2]["val/win_rate/score"] == pytest.approx(wins)
+
+
 def test_the_start_is_not_a_validation_that_was_taken_back(trainer, tmp_path):
     rows, lr = [], 0.06
     for name in ("back", "slow"):
