@@ -96,13 +96,16 @@ def fit(distance: Tensor, reward: Tensor, form: str, *, runs: Tensor | None = No
             follows from the other.
 
     Raises:
-        UserError: there is no such form, distances below 0 or not finite numbers, fewer than three of them.
+        UserError: there is no such form, distances below 0 or not finite numbers, fewer than three of them, or a single
+            run, of which there is no interval.
     """
     if form not in FORMS:
         raise UserError(f"form={form!r} is not one of {', '.join(FORMS)}")
     if distance.shape != reward.shape or distance.ndim != 1 or len(distance) < 3:
         raise UserError(f"a fit needs as many rewards as distances, three or more: got {tuple(distance.shape)} "
                         f"distances and {tuple(reward.shape)} rewards")  # fmt: skip
+    if runs is not None and (runs.shape != distance.shape or len(runs.unique()) < 2):
+        raise UserError("a fit's runs are a number for each measurement, of two runs or more: one has no spread")
     distance, reward = distance.double(), reward.double()
     if not (torch.isfinite(distance).all() and torch.isfinite(reward).all() and (distance >= 0).all()):
         raise UserError("distances and rewards must be finite, and distances not below 0")

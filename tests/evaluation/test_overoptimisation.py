@@ -87,6 +87,13 @@ def test_what_cannot_be_fitted_is_refused(distance, reward, form, message):
         fit(torch.tensor(distance), torch.tensor(reward), form)
 
 
+@pytest.mark.parametrize("runs", [[7, 7, 7], [0, 1]])
+def test_a_single_run_has_no_interval(runs):
+    distance = torch.tensor([0.0, 1.0, 2.0])
+    with pytest.raises(UserError, match="two runs or more"):
+        fit(distance, distance, "rl", runs=torch.tensor(runs))
+
+
 def test_more_than_there_are_completions_is_refused():
     with pytest.raises(UserError, match=r"best of 4 .* 3 completions"):
         best_of_n(torch.ones(1, 3), torch.ones(1, 3), 4)
