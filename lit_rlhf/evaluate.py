@@ -46,7 +46,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     - held-out texts (``text``): perplexity;
     - held-out pairs (``pairs``): accuracy and calibration of the rewards.
 
-    Intervals are of 95 %, bootstrapped over prompts, texts or pairs. ``evaluation.json`` and ``report.html`` in the
+    Intervals are of 95 %, over prompts, texts or the texts of pairs. ``evaluation.json`` and ``report.html`` in the
     command's output folder hold all numbers, ``samples.jsonl`` all completions.
 
     Returns:

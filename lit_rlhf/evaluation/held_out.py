@@ -65,12 +65,15 @@ def measure_pairs(judges: Mapping[str, Any], node: Any, device: torch.device) ->
         UserError: there are no pairs.
     """
     metrics: dict[str, PairAccuracy] = {}
+    numbers: dict[tuple[str, str], int] = {}  # of texts after their prompts: they stand in several pairs
     for judge in judges.values():
         freeze(judge, device)
     for batch in held_out_batches(node, "pairs"):
         columns = read_columns(batch, ["chosen", "rejected"], "pairs", optional=[k for k in batch if k != "chosen"])
         sides = [[answer_text(text) for text in columns.pop(side)] for side in ("chosen", "rejected")]
         prompts = columns.pop("prompt", [""] * len(sides[0]))
+        keys = [[(str(prompt), text) for prompt, text in zip(prompts, side, strict=True)] for side in sides]
+        texts = torch.tensor([[numbers.setdefault(key, len(numbers)) for key in side] for side in keys]).T
         for prefix, judge in judges.items():
             chosen, rejected = (score(judge, prompts, side, columns) for side in sides)
             pairs = {f"{prefix}/{name}": (x, rejected.components[name]) for name, x in chosen.components.items()}
@@ -78,7 +81,7 @@ def measure_pairs(judges: Mapping[str, Any], node: Any, device: torch.device) ->
                 pairs = {"objective/scores": (chosen.total, rejected.total), **(pairs if len(pairs) > 1 else {})}
             for name, (one, other) in pairs.items():
                 metric = metrics.setdefault(name, PairAccuracy(sync_on_compute=False))
-                metric.update(*(x.sum(-1) if x.ndim == 2 else x for x in (one, other)))
+                metric.update(*(x.sum(-1) if x.ndim == 2 else x for x in (one, other)), texts)
     counts = {name: sum(map(len, metric.margins)) for name, metric in metrics.items()}
     return {name: {**_plain(metric.compute()), "pairs": counts[name]} for name, metric in metrics.items()}
 

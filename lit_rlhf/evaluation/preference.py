@@ -111,7 +111,8 @@ class PairScores(NamedTuple):
     """What a reward model says about pairs.
 
     Attributes:
-        accuracy: share of pairs whose chosen text scores higher, a tie counting half; with its 95 % interval.
+        accuracy: share of pairs whose chosen text scores higher, a tie counting half; its 95 % interval is over pairs
+            or, where their texts are known, over texts.
         calibration_error: mean |confidence - accuracy| over ten bins of confidence, in [0, 1].
         loss: mean -log sigmoid(chosen - rejected), nats.
     """
@@ -136,24 +137,47 @@ class PairAccuracy(Metric):
     full_state_update = False
     higher_is_better = True
     margins: list[Tensor]
+    texts: list[Tensor]
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.add_state("margins", default=[], dist_reduce_fx="cat")
+        self.add_state("texts", default=[], dist_reduce_fx="cat")
 
-    def update(self, chosen: Tensor, rejected: Tensor) -> None:
-        """Scores (B,) of the chosen and of the rejected texts."""
+    def update(self, chosen: Tensor, rejected: Tensor, texts: Tensor | None = None) -> None:
+        """Scores (B,) of the chosen and of the rejected texts.
+
+        ``texts`` (B, 2) are the numbers of both, at least 0 and the same in all processes, where a text may stand in
+        several pairs, which then are right or wrong together; without them the pairs have none in common.
+        """
         if chosen.shape != rejected.shape or chosen.ndim != 1:
             raise UserError(f"pairs have scores (B,), got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
         self.margins.append((chosen - rejected).double())
+        none = torch.full((len(chosen), 2), -1, device=chosen.device)
+        self.texts.append(none if texts is None else texts.to(none))
 
     def compute(self) -> PairScores:
         margins = dim_zero_cat(self.margins).cpu()
         both = torch.sigmoid(torch.cat([margins, -margins]))
         labels = torch.cat([torch.ones_like(margins), torch.zeros_like(margins)]).long()
         right = ((margins > 0).double() + (margins >= 0).double()) / 2
+        texts = dim_zero_cat(self.texts).cpu()
         return PairScores(
-            bootstrap(right),
+            bootstrap(right) if (texts < 0).any() else _of_pairs(right, texts),
             float(binary_calibration_error(both, labels, n_bins=10, norm="l1")),
             float(-torch.nn.functional.logsigmoid(margins).mean()),
         )
+
+
+def _of_pairs(right: Tensor, texts: Tensor) -> Interval:
+    """The mean of (N,), with an interval that knows which pairs share one of their ``texts`` (N, 2).
+
+    Normal, with the dyadic cluster-robust variance (Aronow et al. 2015, doi:10.1093/pan/mpv018): the sum, over all two
+    pairs with a text in common, of the products of what each is above the mean.
+    """
+    mean = right.mean()
+    above, distinct = right - mean, texts.unique(return_inverse=True)
+    of_text = torch.zeros(len(distinct[0])).to(right).index_add_(0, distinct[1].T.flatten(), above.repeat(2))
+    variance = (of_text.square().sum() - above.square().sum()) / len(right) ** 2  # each pair stands with itself twice
+    error = 1.96 * float(variance.clamp(min=0).sqrt())
+    return Interval(float(mean), max(0.0, float(mean) - error), min(1.0, float(mean) + error))
