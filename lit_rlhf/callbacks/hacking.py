@@ -258,8 +258,13 @@ class HackingMonitor(Callback):
             self._path.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
+        from lit_rlhf.algorithms.base import require_plain  # which imports callbacks
+
+        states = {name: detector.state_dict() for name, detector in self.detectors.items()}
+        for name, state in states.items():  # a user's may hold anything
+            require_plain(f"the state_dict() of callbacks.hacking.detectors.{name}", state)
         return {
-            "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
+            "detectors": states,
             "sums": {name: cusum.sum for name, cusum in self.sums.items()},
             "last_alarm": dict(self.last_alarm),
             "alarms": self.alarms,

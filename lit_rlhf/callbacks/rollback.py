@@ -34,6 +34,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_rlhf.callbacks.checkpoints import Checkpoints
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.errors import UserError
+from lit_rlhf.generators import from_plain, set_generators
 from lit_rlhf.rollout.loader import RolledBack
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ def restore(trainer: Trainer, module: LightningModule, path: Path) -> dict[str, 
     _begin_epoch(trainer.fit_loop)
     module.loader.load_state_dict(stored["lit_rlhf"]["loader"])
     module._loader_state = None  # it is loaded
+    set_generators(from_plain(module._generators))
+    module._generators = None  # they are, too
     module.cut_rows(module.last_logged)
     return stored["callbacks"]
 

@@ -87,7 +87,10 @@ def policy_config(path: Path, stored: dict[str, Any]) -> DictConfig:
     if run is not None:
         config = OmegaConf.load(run / CONFIG).get("policy")
     else:
-        plain = (stored["config"] or {}).get("policy") or {}
+        whole = stored["config"]
+        plain = (whole.get("policy") or {}) if isinstance(whole, dict) else {}
+        if not isinstance(plain, dict):
+            raise UserError(f"{path} holds no policy")
         made_by = plain.get("_target_")
         others = {key: value for key, value in plain.items() if key != "_target_"}
         if plain and (made_by not in _LOADERS or not _says_only_itself(others)):
