@@ -21,7 +21,7 @@ from lit_rlhf.overrides import quote
 from lit_rlhf.pipeline import compose_stage
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rewards.scoring import freeze
-from lit_rlhf.run_folder import CONFIG, EVALUATION, SAMPLES, finite, replace_file
+from lit_rlhf.run_folder import CONFIG, EVALUATION, SAMPLES, finite, json_lines, replace_file
 from lit_rlhf.train import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -127,8 +127,7 @@ def write(output: Path, result: dict[str, Any], measured: Measured) -> None:
         {"policy": name, "temperature": float(key), **{k: v for k, v in row.items() if k not in ("iteration", "split")}}
         for name, by_key in measured.rows.items() for key, rows in by_key.items() for row in rows
     ]  # fmt: skip
-    text = "".join(json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    replace_file(output / SAMPLES, text)
+    replace_file(output / SAMPLES, json_lines(lines))
     build_evaluation(output)
 
 

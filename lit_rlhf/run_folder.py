@@ -204,10 +204,37 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
+def json_lines(rows: Iterable[Any]) -> str:
+    """Rows as JSON Lines; what is not finite becomes null."""
+    return "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def append_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Appends rows to a file of JSON Lines. A lone surrogate, which UTF-8 cannot hold, becomes '?'.
+
+    Raises:
+        UserError: it cannot be written, say because the disk is full.
+    """
+    with writing(path), open(path, "a", encoding="utf-8", errors="replace", newline="") as file:
+        for row in rows:
+            file.write(json_lines([row]))
+
+
+def cut_rows_after(path: Path, key: str, iteration: int) -> None:
+    """Keeps the rows of a file of JSON Lines whose ``key`` is at most ``iteration``; without any, there is no file."""
+    kept = [line for line in whole_lines(path) if json.loads(line)[key] <= iteration]
+    if kept:
+        replace_file(path, "".join(line + "\n" for line in kept))
+    else:
+        path.unlink(missing_ok=True)
+
+
 def finite(value: Any) -> Any:
     """The value with every NaN and infinity in it replaced by None: JSON has no word for them."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

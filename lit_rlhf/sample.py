@@ -1,6 +1,5 @@
 """Completions of policies side by side, on the same prompts and random numbers: ``lit-rlhf sample``."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from lit_rlhf.models.policy import Policy
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rewards.scoring import Reward, freeze, score
 from lit_rlhf.rollout.sampler import Sampler
-from lit_rlhf.run_folder import finite, writing
+from lit_rlhf.run_folder import append_rows
 
 Row = dict[str, Any]
 _KEYS = [
@@ -175,9 +174,7 @@ def save(path: str | None, rows: Sequence[Row]) -> None:
     """Appends rows to a file of JSON Lines, if there is one."""
     if path is None:
         return
-    with writing(Path(path)), open(path, "a", encoding="utf-8", errors="replace", newline="") as file:
-        for row in rows:
-            file.write(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+    append_rows(Path(path), rows)
 
 
 if __name__ == "__main__":

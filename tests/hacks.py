@@ -37,9 +37,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_rlhf import algorithms
 from lit_rlhf.callbacks import HackingMonitor
-from lit_rlhf.callbacks.hacking import default_detectors
 from lit_rlhf.data import HumanRatings
-from lit_rlhf.hacking import Novelty
+from lit_rlhf.hacking import Novelty, default_detectors
 from lit_rlhf.hacking.statistics import split_words
 from lit_rlhf.kl import FixedKL
 from lit_rlhf.models.policy import Policy

@@ -19,7 +19,6 @@ from tiny import Prompts, letters, tiny_policy
 
 from lit_rlhf import SFT, algorithms
 from lit_rlhf.callbacks import Checkpoints, HackingMonitor, KLGuard, Samples
-from lit_rlhf.callbacks.hacking import default_detectors
 from lit_rlhf.distributed import run_in_processes
 from lit_rlhf.errors import UserError
 from lit_rlhf.hacking import (
@@ -36,6 +35,7 @@ from lit_rlhf.hacking import (
     Phrase,
     Reading,
     Repetition,
+    default_detectors,
 )
 from lit_rlhf.kl import AdaptiveKL, FixedKL, LinearKL, NoKL
 from lit_rlhf.loggers import CSVLogger

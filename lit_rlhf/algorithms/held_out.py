@@ -93,8 +93,7 @@ class HeldOut:
         """
         algorithm, trainer = self.algorithm, self.algorithm.trainer
         every, iteration = trainer.check_val_every_n_epoch, algorithm.iteration + 1
-        bounds = ((trainer.max_epochs, iteration), (trainer.max_steps, trainer.global_step))
-        last = trainer.should_stop or any(bound and 0 < bound <= done for bound, done in bounds)
+        last = algorithm.ends_after(iteration)
         due = trainer.enable_validation and every is not None and (last or iteration % every == 0)
         if due and not any(name.startswith("val/") for name in algorithm.pending):
             algorithm.run_validation()

@@ -387,6 +387,11 @@ class OnlineAlgorithm(Algorithm):
         parts = {"kl": self.kl, "clip": self.clip, "entropy": self.entropy}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def ends_after(self, iteration: int) -> bool:
+        """Whether the run ends with this iteration, whose steps are done."""
+        bounds = ((self.trainer.max_epochs, iteration), (self.trainer.max_steps, self.trainer.global_step))
+        return self.trainer.should_stop or any(bound and 0 < bound <= done for bound, done in bounds)
+
     @property
     def progress(self) -> float:
         """The share of the run's optimiser steps that is done, in [0, 1]; 0 where their number is not known."""

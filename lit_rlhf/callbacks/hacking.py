@@ -1,7 +1,6 @@
 """A monitor of reward hacking: it watches every iteration's completions, names its evidence, and acts if asked to."""
 
 import copy
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -16,22 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lit_rlhf.callbacks.rollback import Rollback
 from lit_rlhf.checks import check_int, check_number
 from lit_rlhf.errors import UserError
-from lit_rlhf.hacking import (
-    Collapse,
-    Cusum,
-    Detector,
-    Disagreement,
-    EntropyFalls,
-    GoldFalls,
-    Iteration,
-    KLSpeed,
-    LengthGain,
-    Novelty,
-    Phrase,
-    Reading,
-    Repetition,
-)
-from lit_rlhf.run_folder import ALARMS, finite, replace_file, whole_lines, writing
+from lit_rlhf.hacking import Cusum, Detector, Iteration, Reading, default_detectors
+from lit_rlhf.run_folder import ALARMS, append_rows, cut_rows_after
 
 log = logging.getLogger(__name__)
 
@@ -235,10 +220,7 @@ class HackingMonitor(Callback):
     @rank_zero_only
     def _write(self, trainer: Trainer, alarms: list[dict[str, Any]]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with writing(self._path), open(self._path, "a", encoding="utf-8", errors="replace", newline="") as file:
-            for alarm in alarms:
-                plain = {**finite(alarm), "completions": [finite(row) for row in alarm["completions"]]}
-                file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+        append_rows(self._path, alarms)
         for logger in trainer.loggers:
             if hasattr(logger, "log_alert"):
                 for alarm in alarms:
@@ -251,11 +233,7 @@ class HackingMonitor(Callback):
         if self._path is None:
             self._cut_in_setup = iteration
             return
-        kept = [line for line in whole_lines(self._path) if json.loads(line)["logged"] <= iteration]
-        if kept:
-            replace_file(self._path, "".join(line + "\n" for line in kept))
-        else:
-            self._path.unlink(missing_ok=True)
+        cut_rows_after(self._path, "logged", iteration)
 
     def state_dict(self) -> dict[str, Any]:
         from lit_rlhf.algorithms.base import require_plain  # which imports callbacks
@@ -284,21 +262,6 @@ class HackingMonitor(Callback):
         self.stopping = state_dict["stopping"]
         self.led_back = copy.deepcopy(state_dict["led_back"])
         self.unwritten = copy.deepcopy(state_dict["unwritten"])
-
-
-def default_detectors() -> dict[str, Detector]:
-    """All of them with their default thresholds; ``novelty`` needs the reward model's data to be of use."""
-    return {
-        "gold": GoldFalls(),
-        "disagreement": Disagreement(),
-        "length": LengthGain(),
-        "repetition": Repetition(),
-        "collapse": Collapse(),
-        "phrase": Phrase(),
-        "entropy": EntropyFalls(),
-        "kl_speed": KLSpeed(),
-        "novelty": Novelty(),
-    }
 
 
 def describe_alarm(alarm: Mapping[str, Any]) -> str:

@@ -66,9 +66,7 @@ class KLGuard(Callback):
 
     def on_row(self, trainer: Trainer, pl_module: LightningModule, row: Mapping[str, float]) -> None:
         """Called by the algorithm with each row that it logs: after the last one comes no rollout."""
-        del pl_module
-        bounds = ((trainer.max_epochs, row["iteration"]), (trainer.max_steps, trainer.global_step))
-        last = trainer.should_stop or any(bound and 0 < bound <= done for bound, done in bounds)
+        last = pl_module.ends_after(row["iteration"])
         kl = row.get("val/objective/kl", 0.0)
         if last and not kl <= self.max_kl and trainer.state.fn == "fit":
             what = self._too_high(row["iteration"], "validation's KL", kl)

@@ -1,6 +1,5 @@
 """What the policy wrote: samples.jsonl in the run folder, and the sample tables of loggers that have them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.run_folder import SAMPLES, finite, replace_file, whole_lines, writing
+from lit_rlhf.run_folder import SAMPLES, append_rows, cut_rows_after
 
 
 class Samples(Callback):
@@ -57,9 +56,7 @@ class Samples(Callback):
         if not kept:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with writing(self._path), open(self._path, "a", encoding="utf-8", errors="replace", newline="") as file:
-            for row in kept:
-                file.write(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+        append_rows(self._path, kept)
         for logger in trainer.loggers:
             if hasattr(logger, "log_samples"):
                 logger.log_samples(kept, step=iteration)
@@ -73,8 +70,4 @@ class Samples(Callback):
         if self._path is None:
             self._cut_in_setup = iteration
             return
-        kept = [line for line in whole_lines(self._path) if json.loads(line)["iteration"] <= iteration]
-        if kept:
-            replace_file(self._path, "".join(line + "\n" for line in kept))
-        else:
-            self._path.unlink(missing_ok=True)
+        cut_rows_after(self._path, "iteration", iteration)

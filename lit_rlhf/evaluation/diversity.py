@@ -12,6 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lit_rlhf.checks import check_int
 from lit_rlhf.evaluation.statistics import TextMetric
+from lit_rlhf.ngrams import ngrams
 
 
 class DistinctN(Metric):
@@ -92,16 +93,7 @@ class SelfBLEU(TextMetric):
         return torch.tensor(scores, dtype=torch.double).mean() / 100
 
 
-def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """All runs of ``n`` words, in order.
-
-    >>> ngrams(["a", "b", "c"], 2)
-    [('a', 'b'), ('b', 'c')]
-    """
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
-
-
-def _hash(gram: tuple[str, ...]) -> int:
+def _hash(gram: str) -> int:
     # Python's own differs from process to process.
-    joined = "\x1f".join(gram).encode("utf-8", errors="replace")
-    return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "big", signed=True)
+    encoded = gram.encode("utf-8", errors="replace")
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big", signed=True)

@@ -10,6 +10,7 @@ from lit_rlhf.hacking.detectors import (
     Novelty,
     Phrase,
     Repetition,
+    default_detectors,
 )
 from lit_rlhf.hacking.statistics import Baseline, Cusum, Detector, Iteration, Reading, Rise
 
@@ -29,4 +30,5 @@ __all__ = [
     "Reading",
     "Repetition",
     "Rise",
+    "default_detectors",
 ]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.checks import check_int, check_number
-from lit_rlhf.hacking.statistics import Baseline, Detector, Iteration, Reading, Rise, correlation, grams
+from lit_rlhf.hacking.statistics import Baseline, Detector, Iteration, Reading, Rise, correlation
 from lit_rlhf.hacking.texts import config_of, read_texts
+from lit_rlhf.ngrams import ngrams
 
 _KEPT = 5000  # n-grams of each length that the baseline remembers
 
@@ -157,7 +158,7 @@ class Repetition(Rise):
         self.rise = check_number("rise", rise, above=0)
 
     def values(self, iteration: Iteration) -> Tensor:
-        found = [grams(words, self.n) for words in iteration.words]
+        found = [ngrams(words, self.n) for words in iteration.words]
         return torch.tensor([1 - len(set(x)) / len(x) if x else 0.0 for x in found], dtype=torch.double)
 
 
@@ -177,7 +178,7 @@ class Collapse(Rise):
         self.rise = check_number("rise", rise, above=0)
 
     def values(self, iteration: Iteration) -> Tensor:
-        found = [grams(words, self.n) for words in iteration.words]
+        found = [ngrams(words, self.n) for words in iteration.words]
         prompts: dict[str, set[str]] = defaultdict(set)
         for row, own in zip(iteration.rows, found, strict=True):
             for gram in own:
@@ -206,7 +207,7 @@ class Phrase(Detector):
         self.times: Counter[str] = Counter()
 
     def measure(self, iteration: Iteration) -> Reading:
-        found = [[grams(words, n) for n in range(1, self.n + 1)] for words in iteration.words]
+        found = [[ngrams(words, n) for n in range(1, self.n + 1)] for words in iteration.words]
         holders = Counter(gram for own in found for gram in {gram for order in own for gram in order})
         places = torch.tensor([[len(order) for order in own] for own in found], dtype=torch.double)  # (B, n)
         if self.iterations < iteration.baseline:
@@ -332,13 +333,28 @@ class Novelty(Rise):
             return None
         if self.known is None:
             texts = read_texts(self.data)
-            self.known = {gram for words in texts for n in range(1, self.n + 1) for gram in grams(words, n)}
+            self.known = {gram for words in texts for n in range(1, self.n + 1) for gram in ngrams(words, n)}
         return torch.tensor([self._novelty(words) for words in iteration.words], dtype=torch.double)
 
     def _novelty(self, words: list[str]) -> float:
-        orders = [found for n in range(1, self.n + 1) if (found := grams(words, n))]
+        orders = [found for n in range(1, self.n + 1) if (found := ngrams(words, n))]
         shares = [sum(gram not in self.known for gram in found) / len(found) for found in orders]
         return sum(shares) / len(shares) if shares else 0.0
+
+
+def default_detectors() -> dict[str, Detector]:
+    """All of them with their default thresholds; ``novelty`` needs the reward model's data to be of use."""
+    return {
+        "gold": GoldFalls(),
+        "disagreement": Disagreement(),
+        "length": LengthGain(),
+        "repetition": Repetition(),
+        "collapse": Collapse(),
+        "phrase": Phrase(),
+        "entropy": EntropyFalls(),
+        "kl_speed": KLSpeed(),
+        "novelty": Novelty(),
+    }
 
 
 def _standardised(x: Tensor) -> Tensor:

@@ -217,12 +217,3 @@ def split_words(text: str) -> list[str]:
     ['it', "'", 's', 'a', 'great', 'film', '!', '!']
     """
     return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def grams(words: Sequence[str], n: int) -> list[str]:
-    """All runs of ``n`` words, joined by blanks.
-
-    >>> grams(["a", "b", "c"], 2)
-    ['a b', 'b c']
-    """
-    return [" ".join(run) for run in zip(*(words[start:] for start in range(n)), strict=False)]

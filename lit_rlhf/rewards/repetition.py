@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lit_rlhf.checks import check_int, check_number
+from lit_rlhf.ngrams import ngrams
 
 
 def distinct_share(text: str, n: int) -> float:
@@ -14,8 +15,8 @@ def distinct_share(text: str, n: int) -> float:
     (0.5, 1.0)
     """
     words = text.lower().split()
-    ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
+    found = ngrams(words, n)
+    return len(set(found)) / len(found) if found else 1.0
 
 
 class DistinctReward:
