@@ -15,7 +15,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.bench import POLICY, REFERENCE, Bench, Measured, Subject, contestants, names_of, prefer
 from lit_rlhf.evaluation.held_out import measure_pairs
 from lit_rlhf.evaluation.policies import ENDING, exported, policy_config, require_policy, run_of
-from lit_rlhf.evaluation.summary import Rows, differences, win_rates
+from lit_rlhf.evaluation.summary import Rows, differences, judged_rate, win_rates
 from lit_rlhf.imports import find
 from lit_rlhf.overrides import quote
 from lit_rlhf.pipeline import compose_stage
@@ -101,8 +101,10 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     write(output, result, measured)
     if judge is not None:  # which may fail: what was measured is safe
         freeze(judge, bench.device)
-        judged = compared(lambda rows, other: win_rates(rows, other, samples, prefer(judge, rows, other)))
-        result["win_rates"] = judged
+        judged = compared(lambda rows, other: judged_rate(rows, other, samples, prefer(judge, rows, other)))
+        for name, by_key in judged.items():
+            for key, rate in by_key.items():
+                result["win_rates"][name][key] |= rate
         write(output, result, measured)
     return result
 

@@ -248,10 +248,8 @@ def _repeat(datamodule: L.LightningDataModule, times: int) -> None:
         datamodule.val_dataloader = repeated
 
 
-def prefer(judge: Any, rows: Rows, others: Rows) -> list[float] | None:
-    """For every row whether a judge of pairs prefers it to the other's; None without a judge."""
-    if judge is None:
-        return None
+def prefer(judge: Any, rows: Rows, others: Rows) -> list[float]:
+    """For every row whether a judge of pairs prefers it to the other's."""
     texts = [[row["completion"] for row in side] for side in (rows, others)]
     scores = score(judge, [row["prompt"] for row in rows], texts[0], {"reference": texts[1]})
     shares = scores.total

@@ -89,19 +89,25 @@ def differences(rows: Rows, others: Rows, samples: int) -> dict[str, Number]:
     return {name: _interval([a - b for a, b in zip(*pair, strict=True)], samples) for name, pair in both.items()}
 
 
-def win_rates(rows: Rows, others: Rows, samples: int, judged: Sequence[float] | None = None) -> dict[str, Any]:
+def win_rates(rows: Rows, others: Rows, samples: int) -> dict[str, Any]:
     """Shares of prompts on which completions are preferred to others of the same prompts, with intervals over prompts.
 
     By the score, ``score``, and by every gold score, ``gold/<component>``.
-
-    Args:
-        judged: for every row whether a judge of pairs prefers it, from 0 to 1; makes ``judge``.
     """
     one, other = scores_of(rows), scores_of(others)
     judges = {"score": (one["objective/scores"], other["objective/scores"])}
     judges |= {name: (one[name], other[name]) for name in one if name.startswith("gold/")}
-    if judged is not None:
-        judges["judge"] = (list(judged), [1 - value for value in judged])
+    return _rates(judges, rows, others, samples)
+
+
+def judged_rate(rows: Rows, others: Rows, samples: int, judged: Sequence[float]) -> dict[str, Any]:
+    """The same by a judge of pairs, ``judge``; ``judged`` is for every row whether it is preferred, from 0 to 1."""
+    return _rates({"judge": (list(judged), [1 - value for value in judged])}, rows, others, samples)
+
+
+def _rates(
+    judges: Mapping[str, tuple[Sequence[float], Sequence[float]]], rows: Rows, others: Rows, samples: int
+) -> dict[str, Any]:
     lengths = [torch.tensor([row["length"] for row in side]) for side in (rows, others)]
     prompts = torch.arange(len(rows)) % (len(rows) // samples)
     found = {}
