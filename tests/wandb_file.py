@@ -1,36 +1,11 @@
-"""Reads the records of a `.wandb` file back.
+"""What a run left in its `.wandb` file, for tests."""
 
-Format: a 7-byte header, then LevelDB's log format: blocks of 32 KiB, in each of which records stand as
-checksum (4 bytes), length (2), type (1), data; type 1 is a whole record, 2, 3, 4 are its first, middle and last part.
-A block's last bytes are left empty when no record header fits. The header counts towards the first block.
-"""
-
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import wandb
-from wandb.proto.wandb_internal_pb2 import Record
 
-BLOCK, HEAD = 32768, 7
-
-
-def records(path: Path) -> list[Record]:
-    data, position, parts, found = path.read_bytes(), HEAD, b"", []
-    while position + HEAD <= len(data):
-        if BLOCK - position % BLOCK < HEAD:
-            position += BLOCK - position % BLOCK
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        if position + HEAD + length > len(data):
-            break  # a kill cut it short
-        parts += data[position + HEAD : position + HEAD + length]
-        position += HEAD + length
-        if kind in (1, 4):
-            found.append(Record.FromString(parts))
-            parts = b""
-    return found
+from lit_rlhf.loggers.wandb_file import items, records
 
 
 class WandbFile:
@@ -40,26 +15,21 @@ class WandbFile:
         self.records = records(path)
         self.run = next(record.run for record in self.records if record.HasField("run"))
         self.history: list[dict[str, Any]] = [
-            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            for record in self.records
-            if record.HasField("history")
+            items(record.history.item) for record in self.records if record.HasField("history")
         ]
-        self.config = {item.key: json.loads(item.value_json) for item in self.run.config.update}
+        self.config = items(self.run.config.update)
         for record in self.records:
             if record.HasField("config"):
-                for item in record.config.update:
-                    self.config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+                self.config |= items(record.config.update)
         artifacts = [record.artifact for record in self.records if record.HasField("artifact")]
         self.inputs = [artifact for artifact in artifacts if artifact.use_after_commit]
         self.outputs = [a for a in artifacts if not a.use_after_commit and a.type != "run_table"]
         self.alerts = {record.alert.title: record.alert.text for record in self.records if record.HasField("alert")}
         self.metrics = [record.metric for record in self.records if record.HasField("metric")]
-        self.summary = {
-            item.key or "/".join(item.nested_key): json.loads(item.value_json)
-            for record in self.records
-            if record.HasField("summary")
-            for item in record.summary.update
-        }
+        self.summary = {}
+        for record in self.records:
+            if record.HasField("summary"):
+                self.summary |= items(record.summary.update)
         self.exit_code = next((r.exit.exit_code for r in self.records if r.HasField("exit")), None)
 
 

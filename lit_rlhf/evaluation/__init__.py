@@ -4,10 +4,10 @@ from lit_rlhf.evaluation.completions import EmptyRate, RefusalRate
 from lit_rlhf.evaluation.diversity import DistinctN, SelfBLEU
 from lit_rlhf.evaluation.perplexity import Perplexity
 from lit_rlhf.evaluation.preference import PairAccuracy, WinRate
-from lit_rlhf.evaluation.statistics import Interval, bootstrap
+from lit_rlhf.evaluation.statistics import Interval, bootstrap, half_width
 from lit_rlhf.evaluation.verifier import PassAtK
 
 __all__ = [
     "DistinctN", "EmptyRate", "Interval", "PairAccuracy", "PassAtK", "Perplexity", "RefusalRate", "SelfBLEU", "WinRate",
-    "bootstrap",
+    "bootstrap", "half_width",
 ]  # fmt: skip

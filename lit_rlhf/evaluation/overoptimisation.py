@@ -7,23 +7,30 @@ d = sqrt(KL(policy || first policy)) in sqrt(nats), and R(d), the gold reward le
     R_RL(d)  = d (alpha - beta log d)      reinforcement learning
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 from torch import Tensor
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.statistics import Interval, bootstrap
-from lit_rlhf.run_folder import METRICS, read_rows
+from lit_rlhf.run_folder import CONFIG, EVALUATION, METRICS, SAMPLES, read_rows, whole_lines
 
 #: What beta is multiplied by, as a function of the distance; 0 at a distance of 0.
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "best_of_n": lambda d: d.square(),
     "rl": lambda d: torch.xlogy(d, d),
 }
+
+#: Of the completions of each prompt, those among which the best is chosen.
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_BEST_OF_N = "best_of_n"
+_MEASURED = {"kl": "objective/kl", "proxy": "reward/model", "gold": "gold/model"}
 
 
 class Fit(NamedTuple):
@@ -57,32 +64,91 @@ class Fit(NamedTuple):
         return alpha / (2 * beta) if self.form == "best_of_n" else math.exp(alpha / beta - 1)
 
 
-class Curve(NamedTuple):
-    """What an online run's iterations measured of their completions, each (iterations,).
+def read_sweep(folder: Path) -> list[dict[str, float]]:
+    """What the runs of a multirun of ``experiment=overoptimisation_sweep`` measured, iteration by iteration.
 
-    Attributes:
-        distance: sqrt(KL) to the reference in sqrt(nats); an estimate of the KL below 0 counts as 0.
-        proxy, gold: mean scores, less those of the first iteration, whose policy is still the first one.
-    """
-
-    distance: Tensor
-    proxy: Tensor
-    gold: Tensor
-
-
-def read_curve(run: Path, proxy: str = "reward/model", gold: str = "gold/model") -> Curve:
-    """The curve of a run folder, from the columns of its metrics.csv.
+    Returns:
+        Rows of ``comparisons`` (that the proxy has seen), ``kl_coef``, ``seed``, ``iteration``, ``kl`` (nats per
+        completion), ``proxy`` and ``gold``: the mean scores of the iteration's completions as the models give them.
 
     Raises:
-        UserError: it is no run folder, or has no such column.
+        UserError: there is no such job in the folder, or a file of one cannot be read.
     """
-    columns, rows = read_rows(run / METRICS)
-    names = ("objective/kl", proxy, gold)
-    if missing := [name for name in names if name not in columns]:
-        raise UserError(f"{run / METRICS} has no column {missing[0]}; there are {', '.join(columns)}")
-    kept = [[float(row[name]) for name in names] for row in rows if all(name in row for name in names)]
-    kl, *scores = torch.tensor(kept, dtype=torch.double).T
-    return Curve(kl.clamp(min=0).sqrt(), *(column - column[0] for column in scores))
+    rows = []
+    for job in _jobs(folder, "ppo"):
+        config = _config(job / "ppo")
+        settings = {"comparisons": _comparisons(job), "kl_coef": config["kl"]["coef"], "seed": config["seed"]}
+        metrics = job / "ppo" / METRICS
+        columns, logged = read_rows(metrics)
+        if missing := [name for name in _MEASURED.values() if name not in columns]:
+            raise UserError(f"{metrics} has no column {missing[0]}; there are {', '.join(columns)}")
+        for row in logged:
+            if all(name in row for name in _MEASURED.values()):  # not the validation before training
+                measured = {key: float(row[name]) for key, name in _MEASURED.items()}
+                rows.append({**settings, "iteration": int(row["iteration"]), **measured})
+    return rows
+
+
+def read_best_of_n(folder: Path, parts: int = 10) -> list[dict[str, float]]:
+    """What the best of n completions by each proxy score, from evaluations in the jobs' folders ``best_of_n``.
+
+    Those of ``lit-rlhf eval run=<job>/ppo checkpoint=null samples_per_prompt=64 paths.output_dir=<job>/best_of_n``.
+
+    Args:
+        folder: of a multirun of ``experiment=overoptimisation_sweep``.
+        parts: into how many parts the prompts are dealt out, so that intervals over prompts can be had.
+
+    Returns:
+        Rows of ``comparisons``, ``seed``, ``part``, ``n``, ``kl`` (nats per completion), ``proxy`` and ``gold``: mean
+        scores of the chosen completions of the part's prompts.
+
+    Raises:
+        UserError: there is no such evaluation, or its files cannot be read.
+    """
+    rows = []
+    for job in _jobs(folder, _BEST_OF_N):
+        settings = {"comparisons": _comparisons(job), "seed": _config(job / "ppo")["seed"]}
+        proxy, gold = _scores(job / _BEST_OF_N)
+        for n in (n for n in COUNTS if n <= proxy.shape[1]):
+            best = torch.stack([best_of_n(proxy, scores, n) for scores in (proxy, gold)])
+            for part in range(min(parts, len(proxy))):
+                means = dict(zip(("proxy", "gold"), best[:, part::parts].mean(1).tolist(), strict=True))
+                rows.append({**settings, "part": part, "n": n, "kl": best_of_n_kl(n), **means})
+    return rows
+
+
+def _scores(evaluation: Path) -> tuple[Tensor, Tensor]:
+    """(B, N) scores by proxy and gold of the policy's completions in the folder of an evaluation."""
+    try:
+        count = json.loads((evaluation / EVALUATION).read_text())["samples_per_prompt"]
+        rows = [row for row in map(json.loads, whole_lines(evaluation / SAMPLES)) if row["policy"] == "policy"]
+        scores = torch.tensor([[row["components"]["model"], row["gold"]["model"]] for row in rows], dtype=torch.double)
+        prompts = [row["prompt"] for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{evaluation} is no evaluation by two reward models: {error!r}") from None
+    if not rows or prompts != prompts[: len(rows) // count] * count:  # all prompts, then all of them again
+        raise UserError(f"{evaluation / SAMPLES} does not hold {count} completions of each prompt at one temperature")
+    proxy, gold = scores.reshape(count, -1, 2).unbind(-1)
+    return proxy.T, gold.T
+
+
+def _jobs(folder: Path, part: str) -> list[Path]:
+    """The folders of a multirun's jobs that hold the folder ``part``."""
+    jobs = sorted(path.parent for path in Path(folder).glob(f"*/{part}"))
+    if not jobs:
+        raise UserError(f"{folder} is no multirun of experiment=overoptimisation_sweep: there is no {part} in its jobs")
+    return jobs
+
+
+def _comparisons(job: Path) -> int:
+    return _config(job / "proxy")["data"]["pairs_per_epoch"]
+
+
+def _config(run: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{run / CONFIG} cannot be read: {error}") from None
 
 
 def fit(distance: Tensor, reward: Tensor, form: str, *, runs: Tensor | None = None) -> Fit:

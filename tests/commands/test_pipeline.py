@@ -1,6 +1,7 @@
 """Stages in a row: what is skipped, what continues, what is refused, what is passed on."""
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from wandb_file import runs
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.evaluation.overoptimisation import fit, read_curve
+from lit_rlhf.evaluation.overoptimisation import read_best_of_n, read_sweep
 from lit_rlhf.pipeline import configure, to_overrides
 from lit_rlhf.train import check
 
@@ -234,16 +235,20 @@ def test_an_over_optimisation_sweep_gives_a_curve_for_every_proxy(human_ratings,
         "ppo.data.eval_prompts=2", "ppo.sampler.max_new_tokens=4", "ppo.trainer.precision=32-true",
     )  # fmt: skip
     assert result.code == 0, result.err
-    for job, comparisons in (("0", 4), ("1", 8)):
-        assert config(tmp_path / job / "proxy")["data"]["pairs_per_epoch"] == comparisons
-        curve = read_curve(tmp_path / job / "ppo")
-        assert [len(column) for column in curve] == [3, 3, 3]
-        assert (curve.distance >= 0).all()
-        assert curve.proxy[0] == curve.gold[0] == 0
-        assert not torch.equal(curve.proxy, curve.gold)
-        fit(curve.distance, curve.gold, "rl")
-    with pytest.raises(UserError, match="has no column gold/other"):
-        read_curve(tmp_path / "0" / "ppo", gold="gold/other")
+    rows = read_sweep(tmp_path)
+    assert [(row["comparisons"], row["iteration"]) for row in rows] == [(n, i) for n in (4, 8) for i in (1, 2, 3)]
+    assert {(row["kl_coef"], row["seed"]) for row in rows} == {(0.0, 0)}
+    assert all(abs(row["kl"]) < 1e-3 for row in rows if row["iteration"] == 1)  # the policy is still the first one
+    assert all(row["proxy"] != row["gold"] for row in rows)
+    for job in ("0", "1"):
+        where = [f"run={tmp_path / job / 'ppo'}", f"paths.output_dir={tmp_path / job / 'best_of_n'}"]
+        result = run_here("eval", *where, "checkpoint=null", "samples_per_prompt=3")
+        assert result.code == 0, result.err
+    best = read_best_of_n(tmp_path)  # two prompts, each a part of its own
+    assert [(r["comparisons"], r["n"], r["part"]) for r in best] == list(itertools.product((4, 8), (1, 2, 3), (0, 1)))
+    for proxy in (4, 8):
+        scores = [row["proxy"] for row in best if row["comparisons"] == proxy and row["part"] == 0]
+        assert scores == sorted(scores)
 
 
 def test_complete_stages_are_skipped(human_ratings):

@@ -1,13 +1,16 @@
 """Over-optimisation: best-of-n by listing all subsets; fits of curves whose coefficients are known."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.evaluation.overoptimisation import best_of_n, best_of_n_kl, fit
+from lit_rlhf.evaluation.overoptimisation import best_of_n, best_of_n_kl, fit, read_best_of_n, read_sweep
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -97,3 +100,77 @@ def test_a_single_run_has_no_interval(runs):
 def test_more_than_there_are_completions_is_refused():
     with pytest.raises(UserError, match=r"best of 4 .* 3 completions"):
         best_of_n(torch.ones(1, 3), torch.ones(1, 3), 4)
+
+
+# ---- reading a sweep ------------------------------------------------------------------------------------------------
+
+
+def write_job(job: Path, *, comparisons: int = 300, rows: str = "1,0.0,0.5,0.25\n2,4.0,1.5,0.75\n") -> Path:
+    """A job's folder as the sweep leaves it, with what is read."""
+    for stage, config in (
+        ("proxy", {"data": {"pairs_per_epoch": comparisons}}), ("ppo", {"kl": {"coef": 0.1}, "seed": 7}),
+    ):  # fmt: skip
+        (job / stage).mkdir(parents=True)
+        (job / stage / "config.yaml").write_text(yaml.safe_dump(config))
+    head = "iteration,objective/kl,reward/model,gold/model\n0,,,0.5\n"  # a validation before training
+    (job / "ppo" / "metrics.csv").write_text(head + rows)
+    return job
+
+
+def write_evaluation(job: Path, proxy: list[list[float]], gold: list[list[float]], policy: str = "policy") -> None:
+    """Scores (N, B) of N completions of each of B prompts, in the order in which they are asked for."""
+    (job / "best_of_n").mkdir()
+    (job / "best_of_n" / "evaluation.json").write_text(json.dumps({"samples_per_prompt": len(proxy)}))
+    lines = [
+        {"policy": name, "prompt": f"p{i}", "components": {"model": x}, "gold": {"model": y}}
+        for name, sign in ((policy, 1), ("reference", -1)) for xs, ys in zip(proxy, gold, strict=True)
+        for i, (x, y) in enumerate(zip((sign * x for x in xs), ys, strict=True))
+    ]  # fmt: skip
+    (job / "best_of_n" / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_sweep_is_read_job_by_job_and_iteration_by_iteration(tmp_path):
+    write_job(tmp_path / "0")
+    write_job(tmp_path / "1", comparisons=1000, rows="1,0.0,0.0,0.0\n")
+    first = {"comparisons": 300, "kl_coef": 0.1, "seed": 7}
+    assert read_sweep(tmp_path) == [
+        {**first, "iteration": 1, "kl": 0.0, "proxy": 0.5, "gold": 0.25},
+        {**first, "iteration": 2, "kl": 4.0, "proxy": 1.5, "gold": 0.75},
+        {**first, "comparisons": 1000, "iteration": 1, "kl": 0.0, "proxy": 0.0, "gold": 0.0},
+    ]
+
+
+def test_the_best_of_n_comes_from_a_policy_s_own_completions_prompt_by_prompt(tmp_path):
+    # Two prompts; of the first the proxy likes the third completion best, of the second the first one.
+    write_evaluation(write_job(tmp_path / "0"), [[0, 9], [1, 5], [2, 1]], [[10, 1], [20, 2], [60, 3]])
+    rows = read_best_of_n(tmp_path)
+    found = {(row["part"], row["n"]): (row["proxy"], row["gold"]) for row in rows}
+    assert found == {
+        (0, 1): pytest.approx((1, 30)), (0, 2): pytest.approx(((1 + 2 + 2) / 3, (20 + 60 + 60) / 3)),
+        (0, 3): pytest.approx((2, 60)), (1, 1): pytest.approx((5, 2)), (1, 2): pytest.approx(((9 + 9 + 5) / 3, 4 / 3)),
+        (1, 3): pytest.approx((9, 1)),
+    }  # fmt: skip
+    assert {(row["comparisons"], row["seed"]) for row in rows} == {(300, 7)}
+    assert all(row["kl"] == best_of_n_kl(row["n"]) for row in rows)
+    together = read_best_of_n(tmp_path, parts=1)
+    assert [row["gold"] for row in together] == pytest.approx([16, (140 / 3 + 4 / 3) / 2, 30.5])
+
+
+def test_what_is_no_sweep_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no ppo in its jobs"):
+        read_sweep(tmp_path)
+    job = write_job(tmp_path / "0")
+    with pytest.raises(UserError, match="there is no best_of_n in its jobs"):
+        read_best_of_n(tmp_path)
+    write_evaluation(job, [[0, 9], [1, 5]], [[1, 1], [2, 2]], policy="other")
+    with pytest.raises(UserError, match="does not hold 2 completions of each prompt"):
+        read_best_of_n(tmp_path)
+    (job / "best_of_n" / "evaluation.json").write_text("{}")
+    with pytest.raises(UserError, match="no evaluation by two reward models"):
+        read_best_of_n(tmp_path)
+    (job / "ppo" / "metrics.csv").write_text("iteration,objective/kl,reward/model\n1,0,0\n")
+    with pytest.raises(UserError, match="has no column gold/model"):
+        read_sweep(tmp_path)
+    (job / "proxy" / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"proxy/config\.yaml cannot be read"):
+        read_sweep(tmp_path)

@@ -1,0 +1,90 @@
+"""Reads back what W&B recorded offline: the `.wandb` file of a run, for which wandb itself has no public reader.
+
+Format: a 7-byte header, then LevelDB's log format: blocks of 32 KiB, in each of which records stand as
+checksum (4 bytes), length (2), type (1), data; type 1 is a whole record, 2, 3, 4 are its first, middle and last part.
+A block's last bytes are left empty when no record header fits. The header counts towards the first block.
+"""
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+_BLOCK, _HEAD = 32768, 7
+
+
+def records(path: Path) -> list[Record]:
+    """All whole records of a file, in order; a kill may have cut the last one short."""
+    data, position, parts, found = path.read_bytes(), _HEAD, b"", []
+    while position + _HEAD <= len(data):
+        if _BLOCK - position % _BLOCK < _HEAD:
+            position += _BLOCK - position % _BLOCK
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        if position + _HEAD + length > len(data):
+            break
+        parts += data[position + _HEAD : position + _HEAD + length]
+        position += _HEAD + length
+        if kind in (1, 4):
+            found.append(Record.FromString(parts))
+            parts = b""
+    return found
+
+
+def items(found: Iterable[Any]) -> dict[str, Any]:
+    """The values of a record's items by name; those of nested keys are joined by a slash."""
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in found}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineRun:
+    """A run that was recorded offline.
+
+    Attributes:
+        folder: the run folder, above ``wandb/``.
+        id, name, group, job_type: as W&B would show them; "" where there is none.
+        config: the resolved config.
+        rows: what was logged, one row for every iteration, in order.
+    """
+
+    folder: Path
+    id: str
+    name: str
+    group: str
+    job_type: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def read_offline_runs(folder: str | Path) -> list[OfflineRun]:
+    """The runs recorded offline anywhere below a folder, in the order of their files.
+
+    A resumed run is the newest of its records, which holds the rows so far as well. Of rows of one iteration those of
+    the last attempt count.
+    """
+    found = [_read(path) for path in sorted(Path(folder).rglob("wandb/offline-run-*/*.wandb"))]
+    continued = {run.config.get("resumed_from") for run in found}
+    return [run for run in found if run.id not in continued]
+
+
+def _read(path: Path) -> OfflineRun:
+    kept = records(path)
+    run = next(record.run for record in kept if record.HasField("run"))
+    config = items(run.config.update)
+    for record in kept:
+        if record.HasField("config"):
+            config |= items(record.config.update)
+    logged = [items(record.history.item) for record in kept if record.HasField("history")]
+    rows: dict[int, dict[str, Any]] = {}
+    for row in sorted((row for row in logged if "iteration" in row), key=lambda row: row.get("attempt", 0)):
+        before = rows.get(row["iteration"], {})
+        later = row.get("attempt", 0) > before.get("attempt", 0)
+        rows[row["iteration"]] = row if later else before | row
+    return OfflineRun(
+        folder=path.parents[2], id=run.run_id, name=run.display_name, group=run.run_group, job_type=run.job_type,
+        config=config, rows=[rows[iteration] for iteration in sorted(rows)],
+    )  # fmt: skip
