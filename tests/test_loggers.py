@@ -21,6 +21,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lit_rlhf.errors import UserError
 from lit_rlhf.loggers import CSVLogger, WandbLogger
 from lit_rlhf.loggers.wandb import latest_run
+from lit_rlhf.loggers.wandb_file import read_offline_runs
 from lit_rlhf.run_folder import read_metrics, read_samples, write_summary
 from tests.wandb_file import runs
 
@@ -278,6 +279,9 @@ def test_a_row_that_takes_the_place_of_another_is_known_by_its_attempt(tmp_path)
     fresh.log_metrics({"a": 1.0}, step=1)
     fresh.finish()
     assert runs(tmp_path)[-1].history[0]["attempt"] == 0
+    found = read_offline_runs(tmp_path)
+    assert [[row["iteration"] for row in run.rows] for run in found] == [[3], [1]]  # the first run was continued
+    assert {"a", "samples"} <= {name.partition("/")[0] for name in found[0].rows[0]}  # two rows of one iteration
 
 
 def test_an_offline_run_that_continues_has_the_rows_so_far_which_a_kill_can_have_lost(tmp_path):
@@ -294,6 +298,9 @@ def test_an_offline_run_that_continues_has_the_rows_so_far_which_a_kill_can_have
     resumed.finish()
     history = [{k: v for k, v in row.items() if not k.startswith("_")} for row in runs(tmp_path)[-1].history]
     assert history == [{"iteration": i, **row, "attempt": 1} for i, row in enumerate(rows)]
+    (found,) = read_offline_runs(tmp_path)  # of the two the one that has all rows
+    assert (found.id, found.folder) == (runs(tmp_path)[-1].run.run_id, tmp_path)
+    assert [{k: v for k, v in row.items() if not k.startswith("_")} for row in found.rows] == history
 
 
 def test_a_resumed_run_is_new_in_the_same_group_and_names_the_old_one(tmp_path):

@@ -79,12 +79,22 @@ def _read(path: Path) -> OfflineRun:
         if record.HasField("config"):
             config |= items(record.config.update)
     logged = [items(record.history.item) for record in kept if record.HasField("history")]
+    return OfflineRun(
+        folder=path.parents[2], id=run.run_id, name=run.display_name, group=run.run_group, job_type=run.job_type,
+        config=config, rows=by_iteration(logged),
+    )  # fmt: skip
+
+
+def by_iteration(logged: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was logged for each iteration as one row; of the attempts at an iteration only the last counts.
+
+    >>> by_iteration([{"iteration": 1, "a": 1, "attempt": 1}, {"iteration": 1, "b": 2, "attempt": 1},
+    ...               {"iteration": 1, "a": 9, "c": 9, "attempt": 0}, {"a": 9}])
+    [{'iteration': 1, 'a': 1, 'attempt': 1, 'b': 2}]
+    """
     rows: dict[int, dict[str, Any]] = {}
     for row in sorted((row for row in logged if "iteration" in row), key=lambda row: row.get("attempt", 0)):
         before = rows.get(row["iteration"], {})
         later = row.get("attempt", 0) > before.get("attempt", 0)
         rows[row["iteration"]] = row if later else before | row
-    return OfflineRun(
-        folder=path.parents[2], id=run.run_id, name=run.display_name, group=run.run_group, job_type=run.job_type,
-        config=config, rows=[rows[iteration] for iteration in sorted(rows)],
-    )  # fmt: skip
+    return [rows[iteration] for iteration in sorted(rows)]
