@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lit_rlhf.checks import check_int
 from lit_rlhf.data.base import PromptsData
 from lit_rlhf.data.text_files import text_problem
 from lit_rlhf.errors import UserError
@@ -12,16 +13,18 @@ Message = dict[str, str]
 class ListPrompts(PromptsData):
     """A list of prompts, as texts or as chats. Batches: `prompt`, a list, and a list for each other column.
 
-    Validation and test serve the same prompts in the order given.
+    Validation and test serve the last `val_count` prompts, in the order given, or without any all of them.
 
     Args:
         prompts: texts, or chats: lists of messages `{"role": ..., "content": ...}`.
         batch_size: prompts in a batch.
         columns: further columns for the reward, each as long as `prompts`.
+        val_count: prompts for validation and test, which are then no training prompts; fewer than there are.
         shuffle: in training, a new order in every pass.
 
     Raises:
-        UserError: no prompts, an empty one, texts mixed with chats, a broken message, a column of another length.
+        UserError: no prompts, an empty one, texts mixed with chats, a broken message, a column of another length, no
+            prompt left for training.
 
     Example:
         >>> data = ListPrompts(prompts=["2 + 2 =", "3 + 4 ="], columns={"answer": [4, 7]}, shuffle=False)
@@ -35,6 +38,7 @@ class ListPrompts(PromptsData):
         prompts: list[str] | list[list[Message]],
         batch_size: int = 8,
         columns: dict[str, list[Any]] | None = None,
+        val_count: int = 0,
         shuffle: bool = True,
     ) -> None:
         super().__init__(batch_size=batch_size, shuffle=shuffle)
@@ -54,8 +58,11 @@ class ListPrompts(PromptsData):
                 entries = f"{len(column)} entries" if isinstance(column, list) else f"{column!r}, no list,"
                 raise UserError(f"data.columns.{name} has {entries} for {len(prompts)} prompts")
         table = {"prompt": prompts, **(columns or {})}
-        self.train_rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
-        self.held_out_rows = self.train_rows
+        rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+        if check_int("data.val_count", val_count, at_least=0) >= len(rows):
+            raise UserError(f"data.val_count={val_count} leaves none of the {len(rows)} prompts for training")
+        self.train_rows = rows[: len(rows) - val_count]
+        self.held_out_rows = rows[-val_count:]  # of 0, all
 
 
 def prompt_problem(prompt: Any) -> str | None:

@@ -33,6 +33,15 @@ def test_without_shuffling_and_in_evaluation_the_order_is_the_given_one():
         assert [prompt for batch in loader for prompt in batch["prompt"]] == prompts
 
 
+def test_the_last_prompts_can_be_held_out():
+    data = ListPrompts(prompts=list("abcd"), columns={"answer": [1, 2, 3, 4]}, val_count=1, shuffle=False)
+    assert list(data.train_dataloader()) == [{"prompt": ["a", "b", "c"], "answer": [1, 2, 3]}]
+    assert list(data.val_dataloader()) == [{"prompt": ["d"], "answer": [4]}]
+    assert list(data.test_dataloader()) == [{"prompt": ["d"], "answer": [4]}]
+    whole = ListPrompts(prompts=list("abcd"), shuffle=False)
+    assert list(whole.val_dataloader()) == list(whole.train_dataloader())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -47,6 +56,8 @@ def test_without_shuffling_and_in_evaluation_the_order_is_the_given_one():
         ({"prompts": [[{"role": "user", "content": "\ud83d"}]]}, r"data\.prompts\[0\] has half a character"),
         ({"prompts": ["a", "b"], "columns": {"answer": [1]}}, r"data\.columns\.answer has 1 entries for 2 prompts"),
         ({"prompts": ["a"], "columns": {"prompt": ["b"]}}, r"data\.columns\.prompt: .* cannot be called 'prompt'"),
+        ({"prompts": ["a", "b"], "val_count": 2}, "data.val_count=2 leaves none of the 2 prompts for training"),
+        ({"prompts": ["a", "b"], "val_count": -1}, "data.val_count must be a whole number of at least 0, got -1"),
         ({"prompts": ["a"], "batch_size": 0}, "data.batch_size must be a whole number of at least 1, got 0"),
     ],
 )
