@@ -13,8 +13,8 @@ test: $(STAMP)  ## all tests, in as many processes as there are cores; nothing i
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n logical --maxprocesses=8 --dist worksteal
 
-test-real: $(STAMP)  ## tests on the real data and models, and on a local Ray
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
+test-real: $(STAMP)  ## tests on the real data and models, on a local Ray, and of bitsandbytes
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray,bnb]'
 	$(BIN)/python -m pytest -q -m real
 
 lint: $(STAMP)

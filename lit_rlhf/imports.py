@@ -67,5 +67,11 @@ def _import(key: str, dotted: str) -> tuple[Any, int]:
     return found, len(parts)
 
 
+#: Packages that configs of conf/ name and not every installation has, with the extra that brings them.
+_EXTRAS = {"bitsandbytes": "bnb"}
+
+
 def _no_module(key: str, dotted: str, name: str) -> UserError:
+    if name in _EXTRAS:
+        return UserError(f"{key}={dotted}: {name} is not installed: pip install 'lit-rlhf[{_EXTRAS[name]}]'")
     return UserError(f"{key}={dotted}: there is no module '{name}'. Is it installed, or its folder on PYTHONPATH?")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -22,7 +23,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf.algorithms import TRPO
-from lit_rlhf.distributed import processes_to_start, run_in_processes, share, split_batch
+from lit_rlhf.distributed import FSDP2Strategy, processes_to_start, run_in_processes, share, split_batch
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline import compose_stage
 from lit_rlhf.run_folder import read_metrics, read_samples, read_summary
@@ -249,6 +250,15 @@ def test_two_nodes_run_the_same_command_under_torchrun(tmp_path):
 def test_what_cannot_be_sharded_says_so():
     with pytest.raises(UserError, match="TRPO cannot be sharded; trainer=ddp"):
         processes.group(TRPO).shard(mesh=None)
+
+
+def test_an_optimizer_that_cannot_step_shards_is_refused():
+    """As its module says; without the package there is no real one."""
+    eight_bits = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
+    module = processes.ppo(optimizer=eight_bits)
+    module._trainer = SimpleNamespace(strategy=FSDP2Strategy())
+    with pytest.raises(UserError, match=r"bitsandbytes cannot step the sharded weights of trainer=fsdp2"):
+        module.configure_optimizers()
 
 
 def test_deepspeed_is_refused_by_name(trainer):

@@ -160,6 +160,11 @@ class Algorithm(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = make_optimizer(self.optimizer_factory, self.optimized_parameters())
+        if isinstance(self.trainer.strategy, FSDP2Strategy) and type(optimizer).__module__.startswith("bitsandbytes."):
+            raise UserError(
+                "config key 'optimizer': bitsandbytes cannot step the sharded weights of trainer=fsdp2; optimizer="
+                "adamw can, with sharded moments"
+            )
         takes_steps = "num_training_steps" in inspect.signature(self.scheduler_factory).parameters
         steps = {"num_training_steps": self.total_steps()} if takes_steps else {}
         try:

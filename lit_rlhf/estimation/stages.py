@@ -353,8 +353,8 @@ def _optimizer(algorithm: Algorithm, layout: Layout, steps: int, clips: bool) ->
     parameters = algorithm.optimized_parameters()
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer: Optimizer = algorithm.optimizer_factory(parameters)
     with Trace():
+        optimizer: Optimizer = algorithm.optimizer_factory(parameters)
         optimizer.step()  # makes the state
     with Trace() as trace:
         get_total_norm([p.grad for p in parameters])

@@ -114,6 +114,11 @@ def targets(member: str) -> dict[str, dict[str, Any]]:
 #: The members that a target reads; composed by the tests, not when they are collected.
 READ = [m for m in MEMBERS if m.split("/")[0] not in ("experiment", "hparams_search", "debug", "hydra", "paths")]
 READ = [m for m in READ if any(word in (CONFIG_DIR / f"{m}.yaml").read_text() for word in ("_target_", "defaults"))]
+#: Those of a package that not everybody has are read by `make test-real`, which installs it.
+READ = [
+    pytest.param(m, marks=pytest.mark.real) if "bitsandbytes." in (CONFIG_DIR / f"{m}.yaml").read_text() else m
+    for m in READ
+]
 
 
 @pytest.mark.parametrize("member", READ)

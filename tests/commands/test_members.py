@@ -7,6 +7,7 @@ data/test_dataset.py, stages and their experiments in test_cli.py and test_pipel
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from local_server import Server
 from omegaconf import DictConfig
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf.config import CONFIG_DIR, instantiate
@@ -41,11 +43,52 @@ def weights(optimizer):
     return torch.cat([x.flatten() for x in load_file(f"{optimizer}/model/model.safetensors").values()])
 
 
+BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+
+
 def test_every_optimizer_takes_another_way():
-    after = [weights(kind) for kind in ("adamw", "adam", "sgd", "adafactor")]
+    after = [weights(kind) for kind in sorted(members("optimizer").difference(BITSANDBYTES))]
     for i, one in enumerate(after):
         for other in after[i + 1 :]:
             assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("optimizer", BITSANDBYTES)
+def test_an_optimizer_that_is_not_installed_is_named_with_its_extra(optimizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if
+    result = run_here("train", *TINY, f"optimizer={optimizer}", "paths.output_dir=run")
+    assert result.code == 1
+    assert "optimizer._target_=bitsandbytes.optim." in result.err
+    assert "bitsandbytes is not installed: pip install 'lit-rlhf[bnb]'" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("optimizer", BITSANDBYTES)
+def test_an_optimizer_of_bitsandbytes_trains_and_resumes_to_the_bit(optimizer):
+    pytest.importorskip("bitsandbytes")
+    chosen = [*TINY, f"optimizer={optimizer}", "reward=length", "trainer.max_epochs=3"]
+    keep = ("+callbacks.all={_target_: lightning.pytorch.callbacks.ModelCheckpoint, dirpath: all, filename: '{step}', "
+            "auto_insert_metric_name: false, save_top_k: -1, every_n_train_steps: 1}")  # fmt: skip
+    assert run_here("train", *chosen, keep, "paths.output_dir=whole").code == 0
+    result = run_here("train", *chosen, "ckpt_path=all/3.ckpt", "paths.output_dir=rest")  # within an iteration
+    assert result.code == 0, result.err
+    one, other = (load_file(f"{run}/model/model.safetensors") for run in ("whole", "rest"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    state = tree_leaves(torch.load("all/3.ckpt", weights_only=True)["optimizer_states"])
+    dtypes = {x.dtype for x in state if isinstance(x, torch.Tensor)}
+    assert (torch.uint8 in dtypes) is optimizer.endswith("8bit")
+
+
+@pytest.mark.real
+def test_an_estimate_counts_moments_of_eight_bits():
+    pytest.importorskip("bitsandbytes")
+    sizes = []
+    for optimizer in ("adamw", "adamw_8bit"):
+        result = run_here("estimate", *TINY, "policy.hidden_size=64", f"optimizer={optimizer}", "format=json")
+        assert result.code == 0, result.err
+        sizes.append(json.loads(result.out)["held"]["optimiser"])
+    assert sizes[1] < 0.5 * sizes[0]
 
 
 @pytest.mark.parametrize(
