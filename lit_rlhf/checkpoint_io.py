@@ -121,6 +121,8 @@ def damage(path: Path) -> str | None:
     listed = path.with_name(path.name + SUMS)
     try:
         lines = listed.read_text().splitlines() if listed.exists() else []
+        if listed.exists() and not any(line.strip() for line in lines):
+            return f"{listed.name} is empty"
         for line in lines:
             expected, _, name = line.partition("  ")
             file = path.parent / name

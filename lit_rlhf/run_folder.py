@@ -93,9 +93,11 @@ def replace_file(path: Path, text: str) -> None:
             raise
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, *, lines: bool = False) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        # A kill can cut the last line within a character.
+        return (content[: content.rfind(b"\n") + 1] if lines else content).decode("utf-8")
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
@@ -105,7 +107,7 @@ def _text(path: Path) -> str:
 def whole_lines(path: Path) -> list[str]:
     """The complete lines of a text file, without their newlines; none if there is no such file."""
     # Not splitlines(): a completion may hold U+2028, which JSON leaves as it is.
-    return _text(path).split("\n")[:-1]
+    return _text(path, lines=True).split("\n")[:-1]
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -175,15 +177,15 @@ def read_alarms(run_dir: Path) -> list[dict[str, Any]]:
     return _objects(run_dir / ALARMS)
 
 
-def _objects(path: Path) -> list[dict[str, Any]]:
+def _objects(path: Path, key: str = "iteration") -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
-            raise UserError(f"{path}, line {number} is not an object with an integer 'iteration'.")
+        if not isinstance(row, dict) or not isinstance(row.get(key), int):
+            raise UserError(f"{path}, line {number} is not an object with an integer '{key}'.")
         rows.append(row)
     return rows
 
@@ -221,8 +223,13 @@ def append_rows(path: Path, rows: Iterable[Any]) -> None:
 
 
 def cut_rows_after(path: Path, key: str, iteration: int) -> None:
-    """Keeps the rows of a file of JSON Lines whose ``key`` is at most ``iteration``; without any, there is no file."""
-    kept = [line for line in whole_lines(path) if json.loads(line)[key] <= iteration]
+    """Keeps the rows of a file of JSON Lines whose ``key`` is at most ``iteration``; without any, there is no file.
+
+    Raises:
+        UserError: a line is not a JSON object with an integer ``key``, or the file cannot be written.
+    """
+    rows = zip(whole_lines(path), _objects(path, key), strict=True)
+    kept = [line for line, row in rows if row[key] <= iteration]
     if kept:
         replace_file(path, "".join(line + "\n" for line in kept))
     else:

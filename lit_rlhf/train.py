@@ -63,6 +63,12 @@ _MAY_CHANGE = (
     *(f"{judge}.{key}" for judge in ("reward", "gold") for key in (
         "url", "base_url", "batch_size", "concurrency", "timeout", "retries", "max_bytes", "token_env", "on_failure")),
 )  # fmt: skip
+#: What a checkpoint holds besides the algorithm's own state, and what of it a sharded one has in its shards.
+_HELD = {
+    "state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "config", "epoch", "global_step",
+    "pytorch-lightning_version",
+}  # fmt: skip
+_IN_SHARDS = {"state_dict", "optimizer_states"}
 
 
 @dataclass
@@ -337,6 +343,8 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
         if not path.exists():
             raise UserError(f"ckpt_path={ckpt_path}: there is no such file")
         stored = read_checkpoint(path)
+    if missing := sorted((_HELD - _IN_SHARDS if path.is_dir() else _HELD) - set(stored)):
+        raise UserError(f"{path} is no checkpoint that a run can go on from: it holds no {', '.join(missing)}")
     if path.is_dir() != isinstance(run.trainer.strategy, FSDP2Strategy):
         kinds = ("sharded", "another") if path.is_dir() else ("whole", "the sharded")
         raise UserError(
@@ -394,7 +402,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read as a checkpoint: {(str(error).splitlines() or [repr(error)])[0]}"
         ) from error
-    if not isinstance(stored, dict) or "lit_rlhf" not in stored:
+    if not isinstance(stored, dict) or not isinstance(stored.get("lit_rlhf"), dict):
         raise UserError(f"{path} was not written by a lit_rlhf run: its training state is missing")
     return stored
 

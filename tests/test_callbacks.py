@@ -170,8 +170,8 @@ def test_loggers_that_have_sample_tables_get_the_kept_rows(tmp_path):
 def test_resume_cuts_the_samples_after_the_checkpoint(tmp_path, iteration, left):
     fit(ToyOnline(), Samples(), folder=tmp_path)
     lines = (tmp_path / "samples.jsonl").read_text().split("\n")
-    with open(tmp_path / "samples.jsonl", "a") as file:
-        file.write('{"iteration": 1, "prompt": "cut by a ki')
+    with open(tmp_path / "samples.jsonl", "ab") as file:
+        file.write('{"iteration": 1, "prompt": "cut within a kill\'s é'.encode()[:-1])
     callback = Samples()
     trainer = fit(ToyOnline(), callback, folder=tmp_path, epochs=0)
     callback.resume_from(iteration)
@@ -180,6 +180,15 @@ def test_resume_cuts_the_samples_after_the_checkpoint(tmp_path, iteration, left)
     rewritten = (tmp_path / "samples.jsonl").read_text().split("\n")
     assert rewritten[: 6 * len(left)] == lines[: 6 * len(left)]
     assert len(rewritten) == 6 * len(left) + 2
+
+
+def test_a_broken_line_among_the_samples_is_named(tmp_path):
+    callback = Samples()
+    fit(ToyOnline(), callback, folder=tmp_path)
+    with open(tmp_path / "samples.jsonl", "ab") as file:
+        file.write(b"\0\0\n")
+    with pytest.raises(UserError, match=rf"samples\.jsonl, line {6 * 4 + 1} is not JSON"):
+        callback.resume_from(3)
 
 
 def test_a_cut_ordered_before_there_is_a_folder_happens_when_there_is(tmp_path):

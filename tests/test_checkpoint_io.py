@@ -72,7 +72,7 @@ def test_a_mistake_that_is_not_the_disk_s_is_shown_as_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("change", ["cut", "flip", "missing", "sums"])
+@pytest.mark.parametrize("change", ["cut", "flip", "missing", "sums", "no sums"])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_checkpoint_that_is_not_what_was_written_is_recognised(tmp_path, change, sharded):
     path = tmp_path / "a.ckpt"
@@ -95,6 +95,10 @@ def test_a_checkpoint_that_is_not_what_was_written_is_recognised(tmp_path, chang
         file.unlink()
     elif change == "sums":
         (tmp_path / "a.ckpt.sha256").write_text("0" * 64 + f"  {file.relative_to(tmp_path)}\n")
+    elif change == "no sums":
+        (tmp_path / "a.ckpt.sha256").write_text("\n")
+        assert damage(path) == "a.ckpt.sha256 is empty"
+        return
     else:
         file.write_bytes(content if change == "flip" else content[:-1])
     for name in ("a.ckpt", "last.ckpt") if change != "missing" or sharded else ["a.ckpt"]:

@@ -91,6 +91,8 @@ def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path):
     CSVLogger(save_dir=tmp_path).log_metrics({"a": 1.0, "b": 2.0}, step=1)
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("2,,,1.0,2.")  # 2.0 or 2.75: nobody knows
+    with open(tmp_path / "metrics.csv", "ab") as file:
+        file.write(b"\xe2\x82")  # two bytes of a character's three
     assert [row["iteration"] for row in read_metrics(tmp_path)] == [1]
     logger = CSVLogger(save_dir=tmp_path)
     logger.log_metrics({"a": 3.0, "b": 4.0}, step=2)

@@ -272,7 +272,8 @@ class OfflineAlgorithm(Algorithm):
 
     # ---- validation -----------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        """Measures a batch; those of several validation loaders count together."""
         micro = self.transfer_batch_to_device(self.collate_share(batch)[0], self.device, 0)
         loss, metrics = self.loss(micro.inputs)
         for name, value in {**metrics, "loss/total": loss}.items():

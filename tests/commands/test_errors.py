@@ -420,6 +420,14 @@ def test_a_checkpoint_of_something_else_is_refused(folder):
     refused(start("ckpt_path=other.ckpt"), "other.ckpt", "not written by")
 
 
+def test_a_checkpoint_that_lacks_what_a_run_needs_to_go_on_is_refused(folder):
+    assert start().code == 0
+    stored = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    for key in ("optimizer_states", "loops", "config"):
+        torch.save({k: v for k, v in stored.items() if k != key}, folder / "part.ckpt")
+        refused(start("ckpt_path=part.ckpt", "paths.output_dir=other"), "part.ckpt", f"holds no {key}")
+
+
 def test_a_checkpoint_of_another_configuration_names_the_keys(folder):
     assert start().code == 0
     before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()}
