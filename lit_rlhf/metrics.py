@@ -21,6 +21,7 @@ _TABLE: dict[str, tuple[str, str, Direction]] = {
     "iteration": ("rollout-and-update rounds completed; offline stages: optimiser steps", "count", None),
     "episode": ("completions sampled so far; offline stages: examples seen", "count", None),
     "tokens": ("completion tokens sampled so far; offline stages: tokens seen", "tokens", None),
+    "step": ("in rows of Lightning and its callbacks alone: optimiser steps before them", "count", None),
     "attempt": ("W&B alone: how often the run was resumed or rolled back before this row", "count", None),
     # what is maximised
     "objective/scores": ("score of a completion, mean: sum of its components, unshaped", "reward", "higher"),

@@ -1,5 +1,6 @@
 """Loggers and the formats of the run folder: what is on disk after a run, a resume, a kill, a failed W&B."""
 
+import csv
 import json
 import math
 import os
@@ -74,7 +75,29 @@ def test_resume_cuts_the_rows_after_the_checkpoint(tmp_path):
     resumed.resume_from(2)
     assert [row["iteration"] for row in read_metrics(tmp_path)] == [0, 1, 2]
     for i in (3, 4):
-        resumed.log_metrics({"a": i / 3}, step=i)
+        resumed.log_metrics({"iteration": i, "a": i / 3}, step=i)
+    assert (tmp_path / "metrics.csv").read_text() == text
+
+
+def test_rows_of_lightning_and_its_callbacks_keep_their_step_and_are_cut_by_it(tmp_path):
+    """Two steps an iteration; the run is resumed from a checkpoint of the third step, within the second iteration."""
+
+    def write(logger, steps):
+        for step in steps:
+            logger.log_metrics({"lr-Adam": step / 3}, step=step)  # before the step, as LearningRateMonitor does
+            if step % 2:
+                logger.log_metrics({"iteration": (step + 1) // 2, "a": step / 7}, step=(step + 1) // 2)
+
+    logger = CSVLogger(save_dir=tmp_path)
+    logger.resume_from(-1)
+    write(logger, range(6))
+    text = (tmp_path / "metrics.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [row["iteration"] for row in rows] == ["0", "0", "1", "1", "1", "2", "2", "2", "3"]
+    assert [row["step"] for row in rows] == ["0", "1", "", "2", "3", "", "4", "5", ""]
+    resumed = CSVLogger(save_dir=tmp_path)
+    resumed.resume_from(1, 3)
+    write(resumed, range(3, 6))
     assert (tmp_path / "metrics.csv").read_text() == text
 
 
@@ -83,7 +106,7 @@ def test_a_fresh_run_into_a_used_folder_starts_anew(tmp_path):
     logger = CSVLogger(save_dir=tmp_path)
     logger.resume_from(-1)
     assert read_metrics(tmp_path) == []
-    logger.log_metrics({"new": 1.0}, step=1)
+    logger.log_metrics({"iteration": 1, "new": 1.0}, step=1)
     assert csv_lines(tmp_path) == ["iteration,episode,tokens,new", "1,,,1.0", ""]
 
 
@@ -256,23 +279,25 @@ def test_a_row_that_takes_the_place_of_another_is_known_by_its_attempt(tmp_path)
     """A run that is rolled back to iteration 1, killed after iteration 3, and resumed from the checkpoint of 2."""
     logger = WandbLogger(save_dir=tmp_path)
     logger.resume_from(-1)
-    logger.log_metrics({"a": 0.0}, step=0)
+    logger.log_metrics({"iteration": 0, "a": 0.0})
     logger.resume_from(0)  # the validation before training
     for iteration, a in ((1, 1.0), (2, 9.0)):
-        logger.log_metrics({"a": a}, step=iteration)
+        logger.log_metrics({"iteration": iteration, "a": a})
+    logger.log_metrics({"lr-Adam": 0.1}, step=7)
     logger.resume_from(1)
     for iteration, a in ((2, 2.0), (3, 9.0)):
-        logger.log_metrics({"a": a}, step=iteration)
+        logger.log_metrics({"iteration": iteration, "a": a})
     logger.finish()
     again = WandbLogger(save_dir=tmp_path)
     again.resume_from(2)
     again.log_samples([SAMPLE], step=3)
-    again.log_metrics({"a": 3.0}, step=3)
+    again.log_metrics({"iteration": 3, "a": 3.0})
     again.finish()
     rows = [row for run in runs(tmp_path) for row in run.history]
     assert [(row["iteration"], row["attempt"]) for row in rows if "a" in row] == [
         (0, 0), (1, 0), (2, 0), (2, 1), (3, 1), (3, 2),
     ]  # fmt: skip
+    assert [(row["iteration"], row["step"]) for row in rows if "lr-Adam" in row] == [(2, 7)]  # of a LearningRateMonitor
     assert {row["attempt"] for row in rows if any(name.startswith("samples") for name in row)} == {2}
     last = {row["iteration"]: row["a"] for row in sorted(rows, key=lambda row: row["attempt"]) if "a" in row}
     assert last == {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}
@@ -287,19 +312,19 @@ def test_a_row_that_takes_the_place_of_another_is_known_by_its_attempt(tmp_path)
 
 
 def test_an_offline_run_that_continues_has_the_rows_so_far_which_a_kill_can_have_lost(tmp_path):
-    rows = [{"a": iteration / 3, "episode": 8 * iteration} for iteration in range(4)]
+    rows = [{"iteration": iteration, "a": iteration / 3, "episode": 8 * iteration} for iteration in range(4)]
     first = WandbLogger(save_dir=tmp_path)
     for logger in (first, CSVLogger(save_dir=tmp_path)):
         logger.resume_from(-1)
-        for iteration, row in enumerate(rows):
-            logger.log_metrics(row, step=iteration)
+        for row in rows:
+            logger.log_metrics(row)
     first.finish()
     resumed = WandbLogger(save_dir=tmp_path)
     resumed.resume_from(2)
-    resumed.log_metrics(rows[3], step=3)
+    resumed.log_metrics(rows[3])
     resumed.finish()
     history = [{k: v for k, v in row.items() if not k.startswith("_")} for row in runs(tmp_path)[-1].history]
-    assert history == [{"iteration": i, **row, "attempt": 1} for i, row in enumerate(rows)]
+    assert history == [{**row, "attempt": 1} for row in rows]
     (found,) = read_offline_runs(tmp_path)  # of the two the one that has all rows
     assert (found.id, found.folder) == (runs(tmp_path)[-1].run.run_id, tmp_path)
     assert [{k: v for k, v in row.items() if not k.startswith("_")} for row in found.rows] == history

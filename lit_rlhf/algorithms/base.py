@@ -418,7 +418,7 @@ class Algorithm(L.LightningModule):
         """Cuts what was logged of iterations after ``iteration``."""
         for target in [*self.loggers, *self.trainer.callbacks]:
             if hasattr(target, "resume_from"):
-                target.resume_from(iteration)
+                target.resume_from(iteration, self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, p in self.named_parameters() if p.requires_grad}

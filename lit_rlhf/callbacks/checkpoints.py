@@ -66,6 +66,7 @@ class Checkpoints(Checkpoint):
         self._value: tuple[int, float] | None = None  # the optimiser step of the newest row with `best_by`, and that
         self._best: Best = None
         self._due: str | None = None  # the newest that was due: one that a signal or an error brings is never the best
+        self._owners: set[str] = set()  # who may pin
         self._pins: dict[str, tuple[str, Best]] = {}  # by owner: a checkpoint's name, and which was the best one then
         self._saved: str | None = None  # the newest one's name
 
@@ -96,10 +97,16 @@ class Checkpoints(Checkpoint):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if self._best is not None and not (self.folder / self._best[0]).exists():
             self._best = None  # the run continues in another folder than it began in
-        pins = {owner: pin for owner, pin in self._pins.items() if (self.folder / pin[0]).exists()}
+        # One of a callback that the run no longer has would stay for good.
+        owned = {owner: pin for owner, pin in self._pins.items() if owner in self._owners}
+        pins = {owner: pin for owner, pin in owned.items() if (self.folder / pin[0]).exists()}
         self._best, self._pins = trainer.strategy.broadcast((self._best, pins))
         if trainer.is_global_zero and self.folder.is_dir():
             self._link(self._saved)
+
+    def expect(self, owner: str) -> None:
+        """For an owner's ``setup``: its pin is kept when a run continues."""
+        self._owners.add(owner)
 
     def pin(self, trainer: Trainer, owner: str) -> None:
         """Keeps the checkpoint of now, which must be written, for as long as its owner pins no other one."""

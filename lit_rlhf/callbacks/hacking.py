@@ -228,7 +228,7 @@ class HackingMonitor(Callback):
                     logger.log_alert(title, describe_alarm(alarm))
 
     @rank_zero_only
-    def resume_from(self, iteration: int) -> None:
+    def resume_from(self, iteration: int, step: int = 0) -> None:  # noqa: ARG002
         """Keeps the alarms that were written up to and including ``iteration``; -1 cuts all, as for the loggers."""
         if self._path is None:
             self._cut_in_setup = iteration

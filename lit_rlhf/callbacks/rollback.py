@@ -69,6 +69,7 @@ class Rollback:
             raise UserError(f"{self.owner} is for algorithms that complete prompts; this one has no rollouts")
         if not any(isinstance(callback, Checkpoints) for callback in trainer.checkpoint_callbacks):
             raise UserError(f"{self.owner} needs lit_rlhf.callbacks.Checkpoints (callbacks=checkpoint) to go back to")
+        _checkpoints(trainer).expect(self.owner)
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For ``on_rollout_start``: makes sure that there is a checkpoint of the iteration's beginning."""

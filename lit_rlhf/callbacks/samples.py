@@ -62,7 +62,7 @@ class Samples(Callback):
                 logger.log_samples(kept, step=iteration)
 
     @rank_zero_only
-    def resume_from(self, iteration: int) -> None:
+    def resume_from(self, iteration: int, step: int = 0) -> None:  # noqa: ARG002
         """Keeps the lines up to and including `iteration` and cuts the later ones; -1 cuts all.
 
         Called as for the loggers. Before there is a trainer, and with it a folder, the cut waits for `setup`.

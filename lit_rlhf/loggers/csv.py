@@ -8,6 +8,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.loggers.numbering import STEP, numbered
 from lit_rlhf.metrics import AXES
 from lit_rlhf.run_folder import METRICS, format_rows, read_rows, replace_file, writing
 
@@ -30,6 +31,7 @@ class CSVLogger(Logger):
         super().__init__()
         self._path = Path(save_dir) / METRICS
         self._columns: list[str] | None = None  # those of the file; None: not looked at yet
+        self._iteration: int | None = None  # of the algorithm's newest row; None: no algorithm has begun
 
     @property
     def save_dir(self) -> str:
@@ -41,17 +43,19 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Appends one row. `step` is the iteration, unless the row names it itself.
+        """Appends one row. `step` is the iteration, unless the row names it itself; see also `numbered`.
 
         Raises:
             UserError: neither names the iteration, or the file cannot be written.
         """
-        named = {"iteration": step, **metrics}
+        named = numbered(metrics, step, self._iteration)
         row = {name: _text(value) for name, value in named.items() if value is not None}
         if "iteration" not in row:
             raise UserError("A row of metrics.csv needs its iteration: log_metrics(row, step=iteration).")
         if self._columns is None:
             self._cut(None)
+        if self._iteration is not None:
+            self._iteration = int(row["iteration"])
         columns = self._columns or list(AXES)
         new = [name for name in row if name not in columns]
         if new or not self._columns:
@@ -61,13 +65,21 @@ class CSVLogger(Logger):
                 file.write(format_rows(columns, [row], header=False))
 
     @rank_zero_only
-    def resume_from(self, iteration: int) -> None:
-        """Keeps the rows up to and including `iteration` and cuts the later ones; -1 cuts all."""
-        self._cut(iteration)
+    def resume_from(self, iteration: int, step: int = 0) -> None:
+        """Keeps the rows up to and including `iteration` and cuts the later ones; -1 cuts all.
 
-    def _cut(self, last: int | None) -> None:
+        Of rows with a `step`, see `numbered`, those before `step` are kept.
+        """
+        self._iteration = max(iteration, 0)
+        self._cut(iteration, step)
+
+    def _cut(self, last: int | None, step: int = 0) -> None:
         columns, rows = read_rows(self._path)
-        kept = [row for row in rows if last is None or int(row["iteration"]) <= last]
+        kept = [
+            row
+            for row in rows
+            if last is None or (int(row[STEP]) < step if STEP in row else int(row["iteration"]) <= last)
+        ]
         if kept:
             self._write(columns, kept)  # without the line that a kill may have cut short
         else:

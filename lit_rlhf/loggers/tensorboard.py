@@ -62,7 +62,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
                 self.experiment.add_histogram(f"distribution/{name}", torch.tensor(kept), global_step=step)
 
     @rank_zero_only
-    def resume_from(self, iteration: int) -> None:
+    def resume_from(self, iteration: int, step: int = 0) -> None:  # noqa: ARG002
         """Takes back what was logged after `iteration`; -1 takes back all."""
         if not self._written:
             return

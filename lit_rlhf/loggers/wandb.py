@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lit_rlhf.checks import check_number
 from lit_rlhf.errors import UserError
+from lit_rlhf.loggers.numbering import numbered
 from lit_rlhf.loggers.wandb_objects import distributions, input_artifacts, output_artifact, samples_table
 from lit_rlhf.metrics import AXES
 from lit_rlhf.preemption import Preempted
@@ -115,6 +116,7 @@ class WandbLogger(LightningWandbLogger):
         self._same_run: dict[str, str] = {}  # how wandb is told to go on in it
         self._attempts = 0  # resumes and rollbacks of the run so far
         self._last: int | None = None  # the newest iteration logged here; None: nothing was, and nothing cut
+        self._begun = False  # whether an algorithm has begun
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process cannot use this one's connection.
@@ -207,8 +209,8 @@ class WandbLogger(LightningWandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Logs one row. `step` is the iteration, unless the row names it itself."""
-        row = dict(metrics) if step is None else {"iteration": step, **metrics}
+        """Logs one row. `step` is the iteration, unless the row names it itself; see also `numbered`."""
+        row = numbered(metrics, step, max(self._last or 0, 0) if self._begun else None)
         self._last = max(self._last or 0, int(row.get("iteration", 0)))
         self._attempt("log a row", lambda: self._log_row({**row, "attempt": self._attempts}))
 
@@ -257,12 +259,13 @@ class WandbLogger(LightningWandbLogger):
         self._attempt("log the summary", lambda: self.experiment.summary.update(dict(summary)))
 
     @rank_zero_only
-    def resume_from(self, iteration: int) -> None:
+    def resume_from(self, iteration: int, step: int = 0) -> None:  # noqa: ARG002
         """Notes in the config which earlier run of this folder a new one continues; nothing for a fresh run (-1).
 
         Rows of iterations after `iteration`, logged here or before, get successors with a larger `attempt`.
         """
         config = self.experiment.config
+        self._begun = True
         self._attempt("count its attempts", lambda: self._count_attempts(iteration))
         if iteration < 0:
             self._previous_id = None  # whoever used the folder before

@@ -203,6 +203,15 @@ class TestRows:
         fit(tmp_path, Line(log_every_n_steps=100), max_epochs=1, num_sanity_val_steps=2)
         assert [r["iteration"] for r in rows_of(tmp_path)] == ["6"]
 
+    def test_several_validation_loaders_count_together(self, tmp_path):
+        class Several(Numbers):
+            def val_dataloader(self) -> list[DataLoader]:
+                return [super(Several, self).val_dataloader(), DataLoader([9.0], batch_size=1)]
+
+        trainer = make_trainer(tmp_path, max_epochs=1)
+        trainer.fit(Line(), datamodule=Several())
+        assert float(trainer.callback_metrics["val/reward/size"]) == (1 + 2 + 3 + 9) / 4
+
     def test_validation_metrics_reach_callbacks_that_monitor_them(self, tmp_path):
         checkpoint = ModelCheckpoint(dirpath=tmp_path / "c", monitor="val/loss/total", save_top_k=1)
         trainer = fit(tmp_path, Line(), checkpoint, max_epochs=1)
