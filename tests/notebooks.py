@@ -51,11 +51,14 @@ def with_parameters(notebook: NotebookNode, **parameters: Any) -> NotebookNode:
     return notebook
 
 
-def execute(notebook: NotebookNode, folder: Path, **client: Any) -> NotebookNode:
-    """Runs all cells in a kernel of this Python that works in ``folder``, with the output folders of runs below it."""
-    client = NotebookClient(notebook, timeout=1200, kernel_name="python3", **client)
+def execute(notebook: NotebookNode, folder: Path, temporary: str) -> NotebookNode:
+    """Runs all cells in a kernel of this Python that works in ``folder``; temporary files go into ``temporary``."""
+    client = NotebookClient(notebook, timeout=1800, kernel_name="python3")
     client.resources = {"metadata": {"path": str(folder)}}
-    return client.execute()
+    python_path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    return client.execute(
+        env=os.environ | {"TMPDIR": temporary, "WANDB_MODE": "offline", "PYTHONPATH": python_path}
+    )
 
 
 def pictures(notebook: NotebookNode) -> list[str]:
@@ -87,14 +90,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="how the names of notebooks begin; all by default")
     arguments = parser.parse_args()
-    os.environ.update({"WANDB_MODE": "offline", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"})
     for path in NOTEBOOKS:
         if arguments.names and not path.name.startswith(tuple(arguments.names)):
             continue
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as outputs:
-            os.environ["TMPDIR"] = outputs
-            notebook = clean(execute(read(path), ROOT / "notebooks"))
+        with tempfile.TemporaryDirectory() as temporary:
+            notebook = clean(execute(read(path), ROOT / "notebooks", temporary))
         nbformat.write(notebook, path)
         seconds, size = time.perf_counter() - start, path.stat().st_size / 1000
         print(f"{path.name}: {seconds:.0f} s, {len(pictures(notebook))} pictures, {size:.0f} kB", flush=True)
