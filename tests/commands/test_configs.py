@@ -23,7 +23,7 @@ GROUP_FILES = sorted(p.relative_to(CONFIG_DIR) for p in CONFIG_DIR.glob("*/**/*.
 EXPERIMENTS = [path for path in GROUP_FILES if path.parts[0] == "experiment"]
 WITH_COMMAND = [path for path in GROUP_FILES if path.parts[0] in ("experiment", "hparams_search")]
 PIPELINE_ONLY = {
-    "experiment/human_ratings", "experiment/constitutional", "experiment/overoptimisation",
+    "experiment/human_ratings", "experiment/tweets", "experiment/constitutional", "experiment/overoptimisation",
     "experiment/overoptimisation_sweep", "hydra/pipeline", "paths/pipeline",
 }  # fmt: skip
 MEMBERS = [str(path.with_suffix("")) for path in GROUP_FILES]
@@ -221,6 +221,8 @@ def test_another_reward_has_nothing_of_the_experiments():
     assert settled("reward=vader", preset=tiny)["reward"] == composed("reward=vader")["reward"]
     verifier = settled("reward=verifier", "reward.column=sum", preset=tiny)["reward"]
     assert verifier == {**composed("reward=verifier")["reward"], "column": "sum"}
+    parts = ("reward=constrained", "reward@reward.constraint=length", "reward.constraint.target=3")
+    assert settled(*parts, preset=tiny)["reward"] == composed(*parts)["reward"]
     own = settled("reward._target_=my_pkg.my_reward", "reward.word=fun", preset=tiny)["reward"]
     assert own == {"_target_": "my_pkg.my_reward", "word": "fun"}
 

@@ -162,12 +162,12 @@ def times(folder: Path) -> dict[Path, int]:
 
 @pytest.fixture(scope="module")
 def human_ratings(tmp_path_factory, tiny_models):
-    """`experiment=human_ratings`, run with random models and made-up ratings: the folder, and how to run it again."""
+    """`experiment=tweets`, human_ratings on tweets, with random models: the folder, and how to run it again."""
     folder = tmp_path_factory.mktemp("pipeline")
     write_ratings(folder / "cache", 300)
     stages = ("sft", "reward_model", "ppo")
     overrides = [
-        f"paths.output_dir={folder / 'run'}", "seed=5", "data.domain=tweets", "tags=[a b,c]",
+        f"paths.output_dir={folder / 'run'}", "seed=5", "tags=[a b,c]",
         f"sft.policy.path={tiny_models['policy']}", "sft.trainer.max_steps=2", "sft.data.batch_size=4",
         "sft.algorithm.log_every_n_steps=1", f"reward_model.algorithm.model_path={tiny_models['encoder']}",
         "reward_model.algorithm.max_length=48", "reward_model.data.pairs_per_epoch=16",
@@ -182,7 +182,7 @@ def human_ratings(tmp_path_factory, tiny_models):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("LIT_RLHF_CACHE", str(folder / "cache"))
             patch.chdir(folder)
-            return run_here("pipeline", "experiment=human_ratings", *overrides, *more)
+            return run_here("pipeline", "experiment=tweets", *overrides, *more)
 
     result = run()
     assert result.code == 0, result.err
