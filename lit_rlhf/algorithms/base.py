@@ -29,6 +29,7 @@ from lit_rlhf.halving import Halving
 from lit_rlhf.machine import decode_dtype
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, cast_dtype
+from lit_rlhf.precision import use_half_weights
 from lit_rlhf.run_folder import sync_rows
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -320,10 +321,13 @@ class Algorithm(L.LightningModule):
         write_to_files(self.trainer.strategy)
         if self.leaves_weights_out and isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # else it waits for their gradients
+        strategy = self.trainer.strategy
+        sharded = isinstance(strategy, FSDP2Strategy)
+        use_half_weights(strategy, sharded=sharded)
         if self.reference is not None:
-            strategy = self.trainer.strategy
-            cast = cast_dtype(str(self.trainer.precision), sharded=isinstance(strategy, FSDP2Strategy))
-            self.reference.place(strategy.root_device, cast)
+            precision = str(self.trainer.precision)
+            cast = cast_dtype(precision, sharded=sharded)
+            self.reference.place(strategy.root_device, cast, all_weights=precision.endswith("-true"))
 
     def configure_model(self) -> None:
         """Shards the models that train where the strategy is FSDP2."""

@@ -445,7 +445,9 @@ class OnlineAlgorithm(Algorithm):
             if self.reward_has_state:
                 require_plain("the reward's state_dict()", self.reward.state_dict())
             self.sampler.require_training()
-            self.policy.train()  # without dropout that only lets gradient checkpointing work
+            for model in (self.policy, self.critic):
+                if model is not None:
+                    model.train()  # without dropout that only lets gradient checkpointing work
             self.take_over_loader()
 
     def train_dataloader(self) -> RolloutLoader:

@@ -95,6 +95,8 @@ class SeparateCritic(nn.Module):
                 self.head.weight.copy_(model.score.weight)
         if init != "policy":  # whose attention somebody may have named
             use_fitting_attention(self.backbone)
+            if policy.checkpointing:
+                self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         if policy.compiled:
             compile_layers(self.backbone)
         for parameter in self.parameters():

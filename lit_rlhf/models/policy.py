@@ -81,6 +81,7 @@ class Policy(nn.Module):
                 f"{type(model).__name__} keeps a recurrent state instead of a key-value cache: completions are decoded "
                 "with a cache that grows by one entry a token, which this model does not have"
             )
+        self.checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora is not None:
@@ -248,7 +249,8 @@ class Policy(nn.Module):
         It is a copy where that pays (LoRA, or another dtype), of which only what trains is made again. Between rollout
         phases ``free_decoder`` gives up the memory of that part.
         """
-        if dtype == torch.float32 and not isinstance(self.model, PeftModel) and not self.sharded:
+        own = next(self.model.parameters()).dtype
+        if dtype == own and not isinstance(self.model, PeftModel) and not self.sharded:
             return self.model
         # Lightning validates in inference mode, whose tensors could never be written to again in training.
         with torch.inference_mode(False), torch.no_grad():
@@ -332,6 +334,7 @@ class Policy(nn.Module):
         clone._decoder = None
         clone.sharded = False
         clone.compiled = self.compiled
+        clone.checkpointing = self.checkpointing
         if self.compiled:  # which a copy is not: the reference is to compute what the policy does, to the last bit
             compile_layers(clone.base)
         return clone

@@ -29,7 +29,7 @@ class AdapterOff:
         """A hash of the reference's weights: the same at the start, at the end and after a resume."""
         return _hash({k: v for k, v in self._policy.model.state_dict().items() if "lora_" not in k})
 
-    def place(self, _device: torch.device, _cast: torch.dtype | None) -> None:
+    def place(self, _device: torch.device, _cast: torch.dtype | None, **_settings: Any) -> None:
         """Nothing to do: the weights are the policy's."""
 
     def shard(self, _mesh: Any) -> None:
@@ -51,11 +51,12 @@ class FrozenCopy:
     def fingerprint(self) -> str:
         return _hash(self._policy.model.state_dict())
 
-    def place(self, device: torch.device, cast: torch.dtype | None) -> None:
+    def place(self, device: torch.device, cast: torch.dtype | None, *, all_weights: bool = False) -> None:
         """Moves the weights to ``device`` and keeps linear layers in ``cast``, to which autocast casts them anyway.
 
         That halves their memory and changes no number. Embeddings and norms, and what is tied to them, stay in fp32, as
-        does what the model's class wants so. Without ``cast`` all are as they came; once cast, they stay rounded.
+        does what the model's class wants so, unless ``all_weights`` of the policy are in half precision, too. Without
+        ``cast`` all are as they came; once cast, they stay rounded.
         """
         self._policy.to(device)
         if isinstance(self._policy.model, GuidedModel):
@@ -69,7 +70,7 @@ class FrozenCopy:
             for parameter in module.parameters(recurse=False)
         }
         for parameter in base.parameters():
-            if id(parameter) not in others:
+            if all_weights or id(parameter) not in others:
                 parameter.data = parameter.data.to(cast or self._dtype)
 
     def shard(self, mesh: Any) -> None:
@@ -81,7 +82,8 @@ Reference = AdapterOff | FrozenCopy
 
 def cast_dtype(precision: str, *, sharded: bool) -> torch.dtype | None:
     """What ``place`` casts to under a ``trainer.precision``; the shards of a layer have one precision."""
-    return torch.bfloat16 if precision == "bf16-mixed" and not sharded else None
+    halves = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+    return None if sharded else halves.get(precision)
 
 
 def make_reference(policy: Policy) -> Reference:

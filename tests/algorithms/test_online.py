@@ -9,7 +9,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from classifiers import save_classifier
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.precision import HalfPrecision
 from ppo_runs import fit, make
 from tiny import LORA, Prompts, letters, tiny_model, tiny_policy
 from torch.utils.data import DataLoader
@@ -19,7 +21,9 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.kl import AdaptiveKL, FixedKL
 from lit_rlhf.metrics import lookup
 from lit_rlhf.models import Policy
+from lit_rlhf.models.critic import SeparateCritic, ValueHead
 from lit_rlhf.models.policy import byte_tokenizer
+from lit_rlhf.precision import use_half_weights
 from lit_rlhf.rewards import CompositeReward, ConstrainedReward, ScoreShaper
 from lit_rlhf.rollout.sampler import Sampler
 
@@ -377,15 +381,53 @@ def test_lora_settings_that_break_the_reference_or_the_decoder_are_refused(lora)
         tiny_policy(lora={**LORA, **lora})
 
 
-def test_gradient_checkpointing_is_active_and_changes_nothing(trainer):
-    def weights(checkpointing):
-        policy = Policy(model=tiny_model(), tokenizer=byte_tokenizer(), gradient_checkpointing=checkpointing)
-        watch = fit(trainer, make(policy, lr=0.5))
-        assert watch.rows[0]["rollout/logprob_gap"] < 1e-5
-        assert policy.model.training
-        return torch.cat([p.flatten() for p in policy.parameters()])
+@pytest.mark.parametrize(("lora", "critic"), [(None, "value head"), (LORA, "policy"), (None, "classifier")])
+def test_gradient_checkpointing_recomputes_every_layer_and_changes_nothing(lora, critic, trainer, tmp_path):
+    """Of the policy and of a critic of its own, from the policy or from a reward model."""
+    save_classifier(tmp_path, "llama")
 
-    torch.testing.assert_close(weights(True), weights(False), atol=1e-5, rtol=1e-4)
+    def weights(checkpointing):
+        settings = {"lora": lora, "gradient_checkpointing": checkpointing}
+        ppo = make(Policy(model=tiny_model(), tokenizer=byte_tokenizer(), **settings), lr=0.5, critic=makes[critic])
+        ran = dict.fromkeys((ppo.policy.base.model, getattr(ppo.critic, "backbone", ppo.policy.base.model)), 0)
+        for model in ran:
+            model.layers[0].mlp.register_forward_pre_hook(
+                lambda *_, model=model: ran.update({model: ran[model] + torch.is_grad_enabled()})
+            )
+        watch = fit(trainer, ppo, max_epochs=1)
+        assert watch.rows[0]["rollout/logprob_gap"] < 1e-5
+        return torch.cat([p.flatten() for p in ppo.parameters()]), list(ran.values())
+
+    makes = {
+        "value head": ValueHead, "policy": SeparateCritic,
+        "classifier": lambda policy: SeparateCritic(policy, init=str(tmp_path)),
+    }  # fmt: skip
+    (with_it, twice), (without, once) = weights(True), weights(False)
+    assert twice == [2 * count for count in once]
+    torch.testing.assert_close(with_it, without, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("critic", [ValueHead, SeparateCritic])
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_half_precision_rounds_the_weights_of_the_models_and_nothing_else(lora, critic, trainer):
+    ppo = make(tiny_policy(lora=lora), lr=0.0, critic=critic, minibatch_size=8)  # of the shapes that stage 3 has
+    frequencies = ppo.policy.base.model.rotary_emb.inv_freq.clone()
+    watch = fit(trainer, ppo, precision="bf16-true", max_epochs=1, data=Prompts(validation=True))
+    kinds = {name: parameter.dtype for name, parameter in ppo.named_parameters()}
+    full = {name for name, dtype in kinds.items() if dtype == torch.float32}
+    assert full == {name for name in kinds if "lora_" in name or ".head." in name}
+    assert set(kinds.values()) == {torch.float32, torch.bfloat16}
+    assert torch.equal(ppo.policy.base.model.rotary_emb.inv_freq, frequencies)
+    (row,) = (row for row in watch.rows if row["iteration"] == 1)
+    assert row["policy/ratio_max"] == pytest.approx(1, abs=1e-6)
+    assert row["objective/kl"] == 0
+    assert row["rollout/logprob_gap"] < 0.05
+
+
+def test_half_precision_and_shards_are_refused_by_name():
+    strategy = SimpleNamespace(precision_plugin=HalfPrecision("bf16-true"))
+    with pytest.raises(UserError, match=r"trainer\.precision=bf16-true cannot be had with trainer=fsdp2"):
+        use_half_weights(strategy, sharded=True)
 
 
 def test_compiled_layers_change_nothing_but_rounding(trainer):

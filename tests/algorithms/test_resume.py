@@ -21,7 +21,7 @@ from lit_rlhf.clip import AdaptiveKLPenalty
 from lit_rlhf.entropy import TargetEntropy
 from lit_rlhf.kl import AdaptiveKL
 from lit_rlhf.loggers import CSVLogger
-from lit_rlhf.models.critic import SeparateCritic
+from lit_rlhf.models.critic import SeparateCritic, ValueHead
 from lit_rlhf.rewards.shaping import ScoreShaper
 from lit_rlhf.rollout.sampler import Sampler
 
@@ -102,6 +102,17 @@ def test_three_and_three_iterations_equal_six(tmp_path, lora):
     assert resumed.iteration == 6
     assert [int(row["iteration"]) for row in written(tmp_path / "split")[0]] == [1, 2, 3, 4, 5, 6]
     assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+
+
+@pytest.mark.parametrize(("lora", "critic"), [(None, SeparateCritic), (LORA, ValueHead)])
+def test_a_run_with_weights_in_half_precision_resumes_exactly(tmp_path, lora, critic):
+    settings = {"precision": "bf16-true", "until": 2}
+    whole = run(tmp_path / "whole", make(lora, critic=critic), **settings)
+    run(tmp_path / "split", make(lora, critic=critic), **settings, every_n_train_steps=4, stop=Stop(step=5))
+    last = tmp_path / "split/checkpoints/last.ckpt"
+    resumed = run(tmp_path / "split", make(lora, critic=critic), ckpt_path=last, **settings)
+    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "split")
+    assert whole.policy.base.dtype == torch.bfloat16
 
 
 @pytest.fixture(scope="module")
