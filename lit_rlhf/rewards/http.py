@@ -77,7 +77,7 @@ class JsonClient:
         """
         token = self._token()
         authorization = {"Authorization": f"Bearer {token}"} if token else {}
-        # Without compression, so that few bytes cannot become many.
+        # Without compression, so that few bytes cannot become many; an answer that comes with it is refused.
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **authorization}
         limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
         slots = asyncio.Semaphore(self._concurrency)
@@ -137,7 +137,10 @@ class JsonClient:
                 asyncio.timeout(self._timeout),
                 http.stream("POST", self._url, content=content) as response,
             ):
-                async for chunk in response.aiter_bytes():
+                if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+                    reason = f"answered with the Content-Encoding {self.quote(encoding)}, which it was not asked for"
+                    raise _Failure(reason, passing=_passes(response.status_code))
+                async for chunk in response.aiter_raw():
                     received += chunk
                     if len(received) > self._max_bytes:
                         break
@@ -154,7 +157,7 @@ class JsonClient:
             hint = "; redirects are not followed, give the final address" if response.is_redirect else ""
             raise _Failure(
                 f"answered {status}: {self.quote(text)}{hint}",
-                passing=status in (408, 429) or status >= 500,
+                passing=_passes(status),
                 wait=_seconds(response.headers.get("Retry-After", "")),
             )
         if not whole:
@@ -176,6 +179,10 @@ class _Failure(Exception):
         super().__init__(reason)
         self.passing = passing
         self.wait = wait
+
+
+def _passes(status: int) -> bool:
+    return status in (408, 429) or status >= 500
 
 
 def _checked_url(key: str, url: str) -> httpx.URL:

@@ -22,7 +22,7 @@ class RemoteReward:
         concurrency: requests under way at once.
         timeout: seconds that one try may take in all.
         retries: further tries after connection errors, timeouts and the statuses 408, 429 and 5xx.
-        max_bytes: the longest answer that is read.
+        max_bytes: the longest answer that is read; one that is compressed is refused.
         columns: columns of the prompts that the server needs.
         token_env: the environment variable that holds a bearer token; None sends none.
         on_failure: when no scores can be had: ``stop`` ends the run, with a checkpoint; ``skip_batch`` goes on with the

@@ -204,7 +204,7 @@ def _checked(name: str, values: Any, prompts: Sequence[Any], completions: Sequen
                 raise UserError(f"reward '{name}' returned {value!r} for {_sample(number, prompts, completions)}")
         try:
             scores = torch.as_tensor(values, dtype=torch.float32)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last two: numbers beyond all floats
             raise UserError(f"reward '{name}' returned something that is not numbers: {error}") from error
     if scores.ndim not in (1, 2) or len(scores) != len(completions):
         raise UserError(

@@ -1,5 +1,6 @@
 """RemoteReward and the client under it, against real servers."""
 
+import gzip
 import itertools
 import logging
 import random
@@ -117,6 +118,10 @@ class TestBatches:
                 ask(RemoteReward(url=server.url), ["a", "b"])
             assert len(server.requests) == 1
 
+    def test_a_number_that_no_float_can_hold_is_refused(self):
+        with Server(lambda body: {"scores": [10**400]}) as server, pytest.raises(UserError, match="not numbers"):
+            ask(RemoteReward(url=server.url), ["a"])
+
     def test_a_number_that_is_none_names_the_sample(self):
         with Server(lambda body: Answer(body=b'{"scores": [1, NaN]}')) as server:
             with pytest.raises(UserError, match="reward 'remote' returned nan for sample 1"):
@@ -219,6 +224,15 @@ class TestSafety:
                 ask(RemoteReward(url=server.url, max_bytes=1000), ["a"])
             assert len(server.requests) == 1
         assert server.sent < 100_000_000  # of 1 GB; some wait in the buffers between
+
+    def test_a_compressed_answer_is_refused_and_not_unpacked(self):
+        bomb = b'{"scores": [1]}'
+        for _ in range(2):
+            bomb = gzip.compress(bomb)
+        for encoding in ("gzip, gzip", "gzip", "br"):
+            with Server(lambda body, e=encoding: Answer(body=bomb, headers={"Content-Encoding": e})) as server:
+                with pytest.raises(UserError, match=rf"answered with the Content-Encoding '{encoding}', .*try 1 of 4"):
+                    ask(RemoteReward(url=server.url), ["a"])
 
     def test_an_answer_just_as_long_as_allowed_is_read(self):
         body = b'{"scores": [1]}'
