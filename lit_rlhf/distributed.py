@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from lit_rlhf.checkpoint_io import folder_sums, place, remove, written_to
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import PrintableFormatter, UserError
 from lit_rlhf.layers import layers_of
 from lit_rlhf.preemption import PREEMPTED, Preempted, passing_on
 from lit_rlhf.quiet import quiet
@@ -330,7 +330,9 @@ def _process(
     os.environ.update({name: str(value) for name, value in names.items()})
     quiet()
     torch.set_num_threads(threads)
-    logging.basicConfig(level=logging.INFO if number == 0 else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if number == 0 else logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(PrintableFormatter("%(message)s"))
     try:
         task(*args)
     except UserError as error:

@@ -1,5 +1,6 @@
 """The one exception for mistakes that the user can mend, and how its message reaches a terminal."""
 
+import logging
 import unicodedata
 
 
@@ -19,6 +20,13 @@ def printable(text: str) -> str:
     'a\\tb\\\\x1b[2Jc\\\\u202e'
     """
     return "".join(c if c in "\n\t" or not _steers(c) else repr(c)[1:-1] for c in text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Of the lines of a log, which may quote a completion, a file or a server."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _steers(character: str) -> bool:

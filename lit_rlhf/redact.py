@@ -9,6 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
+from lit_rlhf.errors import printable
+
 _SHORTEST = 4  # characters of a value that is worth hiding: "1" stands in every message
 _names: set[str] = set()  # of the variables that configs of this process refer to
 
@@ -65,9 +67,9 @@ def redact(text: str) -> str:
 
 
 def redact_error(error: BaseException) -> None:
-    """Redacts the message of an exception and of those that led to it, in place."""
+    """Redacts the message of an exception and of those that led to it, in place, and makes it fit for a terminal."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        error.args = tuple(redact(item) if isinstance(item, str) else item for item in error.args)
+        error.args = tuple(printable(redact(item)) if isinstance(item, str) else item for item in error.args)
         error = error.__cause__ or error.__context__

@@ -168,6 +168,14 @@ def test_without_checkpoints_to_go_back_to_it_is_refused(trainer):
         trainer(callbacks=[KLGuard(max_kl=1)], max_epochs=1).fit(make(), datamodule=Prompts())
 
 
+def test_the_checkpoint_that_it_kept_goes_when_a_resumed_run_no_longer_has_it(tmp_path):
+    guarded(tmp_path, lr=0.004, guard=KLGuard(max_kl=1000), until=3)
+    last = tmp_path / "checkpoints/last.ckpt"
+    guarded(tmp_path, lr=0.004, guard=None, until=5, ckpt_path=last)
+    names = [path.name for path in written_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step=00000030-epoch=0005.ckpt", "step=00000024-epoch=0004.ckpt"]
+
+
 def test_it_writes_one_checkpoint_an_iteration_and_one_before_the_first(tmp_path, monkeypatch):
     saved, save = [], L.Trainer.save_checkpoint
     monkeypatch.setattr(L.Trainer, "save_checkpoint", lambda *a, **k: saved.append(save(*a, **k)))

@@ -331,6 +331,12 @@ def test_an_error_that_quotes_a_completion_cannot_steer_the_terminal(tmp_path, m
     result = run_here("train", *TINY[:4], "data=jsonl", "data.path=a*.jsonl", "paths.output_dir=run")
     assert result.code == 1
     assert r"a\x1b[2J.jsonl, line 1: not a JSON object: \x1b[2J\x9b" in result.err
+    Path("a\x1b[2J.jsonl").write_text(json.dumps("\x1b[2J\x9b") + '\n{"prompt": "A"}\n')
+    few = ["data.batch_size=1", "trainer.limit_val_batches=0", "data.strict=false"]
+    result = run_here("train", *TINY[:4], *TINY[7:], *few, "data=jsonl", "data.path=a*.jsonl", "paths.output_dir=run")
+    assert result.code == 0, result.err
+    assert r"left out 1 bad rows: data.path: a\x1b[2J.jsonl, line 1: not a JSON object: \x1b[2J\x9b" in result.out
+    assert not set(result.out + result.err) & {"\x1b", "\x9b"}
 
 
 def test_all_that_steers_a_terminal_is_shown_by_its_code_and_nothing_else_is():
@@ -344,16 +350,18 @@ def test_all_that_steers_a_terminal_is_shown_by_its_code_and_nothing_else_is():
 
 def test_texts_in_the_table_of_a_sweep_are_no_formulas(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_module(tmp_path, "sheet_rewards", 'def bad(prompts, completions, **columns):\n    raise ValueError("=1+1")\n')
+    raises = 'def bad(prompts, completions, **columns):\n    raise ValueError("=1+1\\x1b[2J")\n'
+    write_module(tmp_path, "sheet_rewards", raises)
     monkeypatch.syspath_prepend(tmp_path)
-    run_here(
+    result = run_here(
         "train", "-m", *TINY, "reward._target_=sheet_rewards.bad", "task_name=@x,-y", "hydra.sweep.dir=sweep",
         "trainer.limit_val_batches=0",
     )  # fmt: skip
+    assert "\x1b" not in result.out + result.err
     rows = list(csv.DictReader(Path("sweep/sweep.csv").open()))
     assert [row["task_name"] for row in rows] == ["'@x", "'-y"]
     assert all(row["status"] == "failed" for row in rows)
-    assert {row["error"].partition("\n")[0] for row in rows} == {"'=1+1"}
+    assert {row["error"].partition("\n")[0] for row in rows} == {r"'=1+1\x1b[2J"}
 
 
 # ---- secrets --------------------------------------------------------------------------------------------------------
