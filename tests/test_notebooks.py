@@ -87,7 +87,7 @@ def test_a_notebook_runs_and_shows_pictures(path, kernel, tmp_path):
     notebook.cells.insert(0, nbformat.v4.new_code_cell(start))
     if path.stem in CHECKS:
         notebook.cells.append(nbformat.v4.new_code_cell(CHECKS[path.stem]))
-    NotebookClient(notebook, km=kernel, timeout=300).execute()  # an error of a cell is raised here
+    NotebookClient(notebook, km=kernel, timeout=600).execute()  # an error of a cell is raised here
     assert len(pictures(notebook)) >= 1
     assert {path.name for path in (ROOT / "notebooks").iterdir()} == BEFORE
 
