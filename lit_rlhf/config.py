@@ -8,7 +8,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lit_rlhf.errors import UserError, printable
 from lit_rlhf.imports import find
 from lit_rlhf.overrides import CHOSEN, as_written, drop_keys_of_others, part_of, replace_parts
 from lit_rlhf.redact import redact_error, references_kept
+from lit_rlhf.run_folder import CONFIG
 from lit_rlhf.sweep import Sweep
 
 #: Config keys that hold a reward.
@@ -270,6 +271,24 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     """The config as plain containers, interpolations resolved but those of the environment, which may be secret."""
     with references_kept():
         return OmegaConf.to_container(config, resolve=True)
+
+
+def read_config(run: Path, *, needs: Iterable[str] = ("algorithm",)) -> DictConfig:
+    """What a run folder's config.yaml says, interpolations as they are.
+
+    Raises:
+        UserError: there is none, it cannot be read, or one of the keys that it ``needs`` is missing.
+    """
+    path = run / CONFIG
+    try:
+        stored = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"run={run} is no run folder: it has no {CONFIG}") from None
+    except Exception as error:  # of YAML, OmegaConf or the system
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if missing := set(needs) - (set(stored) if isinstance(stored, DictConfig) else set()):
+        raise UserError(f"{path} is not the config of a run: it has no '{min(missing)}'")
+    return stored
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...]) -> list[str]:

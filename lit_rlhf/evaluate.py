@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lit_rlhf.checks import check_int, check_number
-from lit_rlhf.config import CONFIG_DIR, command, instantiate, refuse_unknown
+from lit_rlhf.config import CONFIG_DIR, command, instantiate, read_config, refuse_unknown
 from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.bench import POLICY, REFERENCE, Bench, Measured, Subject, contestants, names_of, prefer
 from lit_rlhf.evaluation.held_out import measure_pairs
@@ -202,14 +202,7 @@ def _stored(config: DictConfig) -> DictConfig | None:
         folder = run_of(_checkpoint(config))
     if folder is None:
         return None
-    try:
-        stored: Any = OmegaConf.load(folder / CONFIG)
-    except FileNotFoundError:
-        raise UserError(f"run={folder} is no run folder: it has no {CONFIG}") from None
-    except Exception as error:  # of YAML or OmegaConf
-        raise UserError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
-    if missing := {"algorithm", "data", "trainer", "paths", "seed"} - set(stored):
-        raise UserError(f"{folder / CONFIG} is not the config of a run: it has no '{min(missing)}'")
+    stored = read_config(folder, needs=("algorithm", "data", "trainer", "paths", "seed"))
     stored.pop("precision_used", None)
     return stored
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
 from lit_rlhf.checks import check_bool, check_text
-from lit_rlhf.config import command, refuse_unknown
+from lit_rlhf.config import command, read_config, refuse_unknown
 from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.policies import ENDING, load_policy
 from lit_rlhf.metrics import AXES
@@ -45,12 +45,15 @@ def export(
     base_model: str | None = None,
     license: str | None = None,
     evaluation: Path | None = None,
+    for_others: bool = False,
 ) -> Path:
     """Makes the folder ``output`` of a finished run's model, with a model card as ``README.md``; returns it.
 
+    ``for_others`` says that it leaves this machine.
+
     Raises:
         UserError: there is no such run, checkpoint or evaluation, the folder is there already, or an adapter is asked
-            for that the run does not have or that names no base model.
+            for that the run does not have, that names no base model, or whose base model others do not have.
     """
     config = _config(run)
     if output.exists():
@@ -67,10 +70,16 @@ def export(
             raise UserError(f"adapter=true: {run} has no adapter, it trained all weights")
         if adapter and base is None:
             raise UserError("adapter=true needs base_model=<name or folder>: the run's policy was made at random")
+        if adapter:
+            path = config["policy"]["path"]
+            where = base_model or HUB_IDS.get(path, path)
+            if for_others and Path(where).exists():
+                raise UserError(
+                    f"push_to_hub: the adapter belongs on {where}, which is on this machine alone; push that model and "
+                    "name it by base_model=<hub name>, or push the merged model by adapter=false"
+                )
         with writing(output):
             if adapter:
-                path = config["policy"]["path"]
-                where = base_model or HUB_IDS.get(path, path)
                 policy.model.peft_config["default"].base_model_name_or_path = where
                 policy.model.save_pretrained(output, save_embedding_layers=False)
                 policy.tokenizer.save_pretrained(output)
@@ -91,15 +100,7 @@ def export(
 
 
 def _config(run: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"run={run} is no run folder: it has no {CONFIG}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{run / CONFIG} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict) or "algorithm" not in config:
-        raise UserError(f"{run / CONFIG} is not the config of a run")
-    return config
+    return OmegaConf.to_container(read_config(run))
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
@@ -275,6 +276,7 @@ def main(config: DictConfig) -> None:
         base_model=names["base_model"],
         license=names["license"],
         evaluation=None if names["evaluation"] is None else Path(names["evaluation"]),
+        for_others=names["push_to_hub"] is not None,
     )
     print(folder)
     if names["push_to_hub"] is not None:

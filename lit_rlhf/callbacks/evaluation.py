@@ -83,7 +83,7 @@ class Evaluation(Callback):
             self._start = [{key: row[key] for key in _KEPT} for row in rows]
         now, then = _of_both(rows, self._start)
         if now:
-            rates = win_rates(now, then, samples=1)
+            rates = win_rates(now, then, samples=1, intervals=False)
             if learns(pl_module.reward):
                 del rates["score"]
             for judge, kinds in rates.items():

@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
-from lit_rlhf.config import instantiate
+from lit_rlhf.config import instantiate, read_config
 from lit_rlhf.distributed import whole_checkpoint
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy
@@ -31,7 +31,7 @@ def load_policy(name: str) -> Policy:
         UserError: there is no such policy.
     """
     path = Path(name)
-    if (path / CONFIG).exists() and not (path / "model").exists():
+    if _exports_nothing_yet(path):
         path = newest_good(path / "checkpoints")[0]
         if path is None:
             raise UserError(f"{name} has neither a model nor a checkpoint yet")
@@ -43,7 +43,7 @@ def load_policy(name: str) -> Policy:
 def require_policy(name: str) -> None:
     """Raises UserError where nothing of this name could be loaded; of a model it reads the config alone."""
     path = Path(name)
-    if path.suffix == ENDING or ((path / CONFIG).exists() and not (path / "model").exists()):
+    if path.suffix == ENDING or _exports_nothing_yet(path):
         if not path.exists():
             raise UserError(f"there is no checkpoint {name}")
         return
@@ -54,6 +54,11 @@ def require_policy(name: str) -> None:
         AutoConfig.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # of whatever is in the folder
         raise not_loaded("policy.path", name, "causal language model", error) from error
+
+
+def _exports_nothing_yet(path: Path) -> bool:
+    """Whether this is a run's folder that has no model."""
+    return (path / CONFIG).exists() and not (path / "model").exists()
 
 
 def exported(name: str) -> Path | str:
@@ -85,7 +90,7 @@ def policy_config(path: Path, stored: dict[str, Any]) -> DictConfig:
     """
     run = run_of(path)
     if run is not None:
-        config = OmegaConf.load(run / CONFIG).get("policy")
+        config = read_config(run).get("policy")
     else:
         whole = stored["config"]
         plain = (whole.get("policy") or {}) if isinstance(whole, dict) else {}

@@ -9,7 +9,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 from torchmetrics.utilities import dim_zero_cat
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.evaluation.statistics import Interval, bootstrap
+from lit_rlhf.evaluation.statistics import RESAMPLES, Interval, bootstrap
 
 _EXACT = 1e-9  # of the regression's coefficients
 _RIDGE = 1e-2  # of the regression's coefficients: without it they grow for ever where one side always wins
@@ -32,7 +32,8 @@ class WinRate(Metric):
 
     The length-controlled rate (Dubois et al. 2024, arXiv:2404.04475) is sigmoid(a) of the logistic regression
     P(win) = sigmoid(a + b tanh(d / s)), d the difference in length and s its standard deviation: what is left of the
-    preference at d = 0. Intervals are bootstrapped over prompts.
+    preference at d = 0. Intervals are bootstrapped over prompts, unless ``intervals`` is false: then their
+    ends are not a number.
 
     >>> metric = WinRate()
     >>> metric.update(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0]), torch.tensor([9, 9]), torch.tensor([9, 9]))
@@ -46,8 +47,9 @@ class WinRate(Metric):
     longer: list[Tensor]
     prompts: list[Tensor]
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, intervals: bool = True, **settings: Any) -> None:
         super().__init__(**settings)
+        self.resamples = (RESAMPLES, 500) if intervals else (0, 0)
         for state in ("wins", "longer", "prompts"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
@@ -81,8 +83,10 @@ class WinRate(Metric):
         rows = torch.stack([dim_zero_cat(self.wins), dim_zero_cat(self.longer)], dim=1).cpu()
         prompts = dim_zero_cat(self.prompts).cpu()
         groups = torch.where(prompts < 0, -1 - torch.arange(len(prompts)), prompts)
+        plain, controlled = self.resamples
         return WinRates(
-            bootstrap(rows[:, 0], groups=groups), bootstrap(rows, _length_controlled, groups=groups, resamples=500)
+            bootstrap(rows[:, 0], groups=groups, resamples=plain),
+            bootstrap(rows, _length_controlled, groups=groups, resamples=controlled),
         )
 
 

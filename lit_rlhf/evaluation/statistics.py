@@ -50,6 +50,7 @@ def bootstrap(
         estimate: see ``Estimate``; a row that was drawn twice has the weight 2.
         groups: (N,) numbers; rows with the same one, say several completions of a prompt, are drawn together, because
             they are alike (the cluster bootstrap).
+        resamples: 0 gives the estimate alone, its ends not a number.
         level: share of the intervals that hold the true value, asymptotically.
 
     >>> bootstrap(torch.tensor([1.0, 1.0, 1.0]))
@@ -58,6 +59,9 @@ def bootstrap(
     if not len(rows):
         return Interval(float("nan"), float("nan"), float("nan"))
     rows = rows.double()
+    value = float(estimate(rows, torch.ones(1, len(rows), dtype=rows.dtype)))
+    if not resamples:
+        return Interval(value, float("nan"), float("nan"))
     if groups is None:
         groups = torch.arange(len(rows))
     distinct, member = groups.unique(return_inverse=True)
@@ -69,7 +73,7 @@ def bootstrap(
         found.append(estimate(rows, times[:, member]))
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=rows.dtype)
     low, high = torch.quantile(torch.cat(found), ends).tolist()
-    return Interval(float(estimate(rows, torch.ones(1, len(rows), dtype=rows.dtype))), low, high)
+    return Interval(value, low, high)
 
 
 def half_width(values: Iterable[float], level: float = 0.95) -> float:

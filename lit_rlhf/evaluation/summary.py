@@ -89,15 +89,16 @@ def differences(rows: Rows, others: Rows, samples: int) -> dict[str, Number]:
     return {name: _interval([a - b for a, b in zip(*pair, strict=True)], samples) for name, pair in both.items()}
 
 
-def win_rates(rows: Rows, others: Rows, samples: int) -> dict[str, Any]:
+def win_rates(rows: Rows, others: Rows, samples: int, *, intervals: bool = True) -> dict[str, Any]:
     """Shares of prompts on which completions are preferred to others of the same prompts, with intervals over prompts.
 
-    By the score, ``score``, and by every gold score, ``gold/<component>``.
+    By the score, ``score``, and by every gold score, ``gold/<component>``. Without ``intervals`` their ends are not a
+    number.
     """
     one, other = scores_of(rows), scores_of(others)
     judges = {"score": (one["objective/scores"], other["objective/scores"])}
     judges |= {name: (one[name], other[name]) for name in one if name.startswith("gold/")}
-    return _rates(judges, rows, others, samples)
+    return _rates(judges, rows, others, samples, intervals=intervals)
 
 
 def judged_rate(rows: Rows, others: Rows, samples: int, judged: Sequence[float]) -> dict[str, Any]:
@@ -106,13 +107,18 @@ def judged_rate(rows: Rows, others: Rows, samples: int, judged: Sequence[float])
 
 
 def _rates(
-    judges: Mapping[str, tuple[Sequence[float], Sequence[float]]], rows: Rows, others: Rows, samples: int
+    judges: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    rows: Rows,
+    others: Rows,
+    samples: int,
+    *,
+    intervals: bool = True,
 ) -> dict[str, Any]:
     lengths = [torch.tensor([row["length"] for row in side]) for side in (rows, others)]
     prompts = torch.arange(len(rows)) % (len(rows) // samples)
     found = {}
     for name, pair in judges.items():
-        rates = _measured(WinRate(**_HERE), *map(torch.tensor, pair), *lengths, prompts)
+        rates = _measured(WinRate(intervals=intervals, **_HERE), *map(torch.tensor, pair), *lengths, prompts)
         found[name] = {kind: interval._asdict() for kind, interval in rates._asdict().items()}
     return found
 

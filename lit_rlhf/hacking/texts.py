@@ -4,10 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import lightning as L
-import yaml
-from omegaconf import OmegaConf
 
-from lit_rlhf.config import instantiate
+from lit_rlhf.config import instantiate, read_config
 from lit_rlhf.errors import UserError
 from lit_rlhf.generators import seeded
 from lit_rlhf.hacking.statistics import split_words
@@ -43,8 +41,7 @@ def read_texts(data: L.LightningDataModule | str) -> Iterator[list[str]]:
 
 def _data_of(folder: str) -> L.LightningDataModule:
     """The datamodule that a run's config.yaml describes."""
-    config = yaml.safe_load(config_of(folder).read_text(encoding="utf-8"))
-    return instantiate(OmegaConf.create(config["data"]), "data")
+    return instantiate(read_config(config_of(folder).parent, needs=("data",)).data, "data")
 
 
 def config_of(folder: str) -> Path:

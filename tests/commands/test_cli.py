@@ -46,7 +46,7 @@ def real(*command: str, cwd: Path, **changes) -> subprocess.CompletedProcess:
 def test_help_lists_the_commands(arguments):
     result = run_here(*arguments)
     assert result.code == 0
-    for command in ("train", "pipeline", "eval", "report", "sample", "estimate", "fetch"):
+    for command in ("train", "pipeline", "eval", "report", "sample", "estimate", "export", "fetch"):
         assert f"\n  {command} " in result.out
 
 

@@ -159,6 +159,7 @@ def test_the_base_is_the_model_that_the_first_run_started_from(tmp_path):
     ("arguments", "message"),
     [
         (["run=nowhere", "output=x"], "run=nowhere is no run folder"),
+        (["run=lora", "output=x", "adapter=true", "push_to_hub=me/x"], "which is on this machine alone; push that"),
         (["run=whole", "output=whole"], "output=whole exists"),
         (["run=whole", "output=x", "adapter=true"], "has no adapter"),
         (["run=whole", "output=x", "checkpoint=other"], "other.ckpt does not exist"),

@@ -109,6 +109,16 @@ def test_the_interval_of_a_mean_of_few_runs_is_students():
     assert half_width([2.0, 2.0, 2.0]) == 0
 
 
+def test_a_win_rate_without_intervals_is_the_same_number():
+    scores, lengths = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 5.0, 3.0]]), torch.tensor([[9, 3, 4, 5], [1] * 4])
+    full, alone = (measured(WinRate(intervals=i), *scores, *lengths) for i in (True, False))
+    for with_it, without in zip(full, alone, strict=True):
+        assert without.value == with_it.value
+        assert not math.isnan(with_it.low)
+        assert math.isnan(without.low)
+        assert math.isnan(without.high)
+
+
 def test_the_bootstrap_interval_of_a_mean_is_the_normal_one_for_many_rows():
     rows = torch.randn(2000, generator=torch.Generator().manual_seed(1)).double()
     found = bootstrap(rows)
