@@ -138,7 +138,38 @@ def _texts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{"title": _row(name, [])["title"], **row} for name, row in found.get("pairs", {}).items()]
+    shown = []
+    for name, row in found.get("pairs", {}).items():
+        title = _row(name, [])["title"]
+        svg = reliability_chart(row["bins"], title=title) if "bins" in row else ""  # older evaluations have none
+        shown.append({"title": title, "svg": svg, **row})
+    return shown
+
+
+def reliability_chart(bins: Sequence[Mapping[str, Any]], *, title: str) -> Markup:
+    """How often a reward is right against how sure it is, as inline SVG, with the number of pairs above each bar.
+
+    Args:
+        bins: see ``PairScores``.
+    """
+    full = [part for part in bins if part["count"]]
+    told = "; ".join(f"{part['confidence']:.2f} sure: {part['accuracy']:.2f} right" for part in full)
+    with matplotlib.rc_context(style(SVG, 8)):
+        figure = Figure(figsize=(3.5, 2.5))
+        axes = figure.add_axes((0.15, 0.17, 0.82, 0.65))
+        for part in full:
+            middle, height = (part["low"] + part["high"]) / 2, part["accuracy"]
+            axes.bar(middle, height, width=0.09, color=SVG["train"], alpha=0.45, linewidth=0)
+            axes.plot(part["confidence"], height, "o", color=SVG["train"], markersize=4)
+            beside = {"ha": "center", "fontsize": 7, "color": SVG["ink"], "annotation_clip": False}
+            axes.annotate(f"{part['count']:,}", (middle, 1.02), **beside)
+        axes.plot([0.5, 1], [0.5, 1], color=SVG["ink"], linewidth=0.8, alpha=0.6)
+        axes.set(xlim=(0.5, 1), ylim=(0, 1), xlabel="how sure", ylabel="share right")
+        axes.set_title(title if len(title) <= 44 else title[:43] + "…", pad=14, color=SVG["ink"])
+        axes.xaxis.set_major_locator(MultipleLocator(0.1))
+        axes.yaxis.set_major_locator(MultipleLocator(0.25))
+        axes.grid(axis="y")
+        return as_svg(figure, f"{title}, by how sure it is: {told}")
 
 
 def _forest(found: Mapping[str, Any]) -> list[dict[str, Any]]:

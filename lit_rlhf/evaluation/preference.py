@@ -119,11 +119,15 @@ class PairScores(NamedTuple):
             or, where their texts are known, over texts.
         calibration_error: mean |confidence - accuracy| over ten bins of confidence, in [0, 1].
         loss: mean -log sigmoid(chosen - rejected), nats.
+        bins: five of confidence in the text that scores higher, from 0.5 to 1: ``low``, ``high``, how many pairs
+            (``count``) and, where there are any, their mean ``confidence`` and ``accuracy``. As both orders mirror each
+            other, the calibration error is their mean |confidence - accuracy|, weighted by their counts.
     """
 
     accuracy: Interval
     calibration_error: float
     loss: float
+    bins: list[dict[str, float]]
 
 
 class PairAccuracy(Metric):
@@ -170,7 +174,20 @@ class PairAccuracy(Metric):
             bootstrap(right) if (texts < 0).any() else _of_pairs(right, texts),
             float(binary_calibration_error(both, labels, n_bins=10, norm="l1")),
             float(-torch.nn.functional.logsigmoid(margins).mean()),
+            _reliability(torch.sigmoid(margins.abs()), right),
         )
+
+
+def _reliability(confidence: Tensor, right: Tensor) -> list[dict[str, float]]:
+    """Bins of confidences (N,), at least 0.5, with the means of what is ``right`` (N,)."""
+    place = ((confidence - 0.5) * 10).long().clamp(max=4)
+    bins = []
+    for number in range(5):
+        inside = place == number
+        means = {"confidence": confidence[inside], "accuracy": right[inside]} if inside.any() else {}
+        limits = {"low": 0.5 + 0.1 * number, "high": 0.6 + 0.1 * number, "count": int(inside.sum())}
+        bins.append(limits | {name: float(values.mean()) for name, values in means.items()})
+    return bins
 
 
 def _of_pairs(right: Tensor, texts: Tensor) -> Interval:

@@ -170,6 +170,21 @@ def test_accuracy_and_calibration_of_pairs():
     assert found.loss == pytest.approx(sum(math.log1p(math.exp(-m)) for m in (2, -1, 0, 1)) / 4)
 
 
+def test_bins_of_confidence_add_up_to_the_calibration_error():
+    generator = torch.Generator().manual_seed(0)
+    margins = torch.cat([2 * torch.randn(500, generator=generator), torch.tensor([0.0])])
+    found = measured(PairAccuracy(), margins, torch.zeros(501))
+    assert [round(part["low"], 1) for part in found.bins] == [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert sum(part["count"] for part in found.bins) == 501
+    off = sum(part["count"] * abs(part["confidence"] - part["accuracy"]) for part in found.bins) / 501
+    assert off == pytest.approx(found.calibration_error, abs=1e-5)  # torchmetrics', over both orders
+    for part in found.bins:
+        assert part["low"] <= part["confidence"] <= part["high"]
+    (one, *others) = measured(PairAccuracy(), torch.tensor([0.1]), torch.zeros(1)).bins
+    assert one == {"low": 0.5, "high": 0.6, "count": 1, "accuracy": 1, "confidence": pytest.approx(0.525, abs=1e-3)}
+    assert all(set(part) == {"low", "high", "count"} for part in others)
+
+
 def test_a_reward_model_that_says_how_sure_it_is_has_no_calibration_error():
     generator = torch.Generator().manual_seed(0)
     margins = 4 * torch.rand(40_000, generator=generator).double()
