@@ -281,7 +281,7 @@ class TestResume:
         assert torch.equal(module.w, whole.w)
         assert resumed[-1] == rows[-1]
 
-    def test_a_checkpoint_between_two_steps_keeps_the_gradients(self, tmp_path):
+    def test_a_checkpoint_between_two_steps_keeps_the_gradients_and_what_was_measured(self, tmp_path):
         class Save(Callback):
             def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
                 trainer.save_checkpoint(tmp_path / f"{batch_idx}.ckpt")
@@ -293,6 +293,7 @@ class TestResume:
             module = Line()
             fit(tmp_path / str(number), module, ckpt=str(tmp_path / f"{number}.ckpt"), **options)
             assert torch.equal(module.w, whole.w), number
+            assert rows_of(tmp_path / str(number)) == rows_of(tmp_path / "whole"), number
 
     def test_checkpoints_load_with_weights_only_and_hold_what_trains(self, tmp_path):
         run(tmp_path, max_epochs=1)
