@@ -163,11 +163,12 @@ def find_subject(config: DictConfig, output: Path) -> Subject:
     base.update({name: config.get(name) or held_out.get(name) for name in ("text", "pairs")})
     base.trainer.update({"enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 1.0})
     base.trainer.update({"devices": 1, "num_nodes": 1, "strategy": "auto"})  # of a run in several processes, too
-    for part, node in config.overrides.items():
+    overrides = config.overrides or {}
+    for part, node in overrides.items():
         if isinstance(node, DictConfig) and "_target_" in node:
             base.pop(part, None)  # of another class: the keys of the run's own would go to a class that has none such
-    base = OmegaConf.merge(base, config.overrides)
-    own_reward = "reward" not in given and "_target_" not in (config.overrides.get("reward") or {})
+    base = OmegaConf.merge(base, overrides)
+    own_reward = "reward" not in given and "_target_" not in (overrides.get("reward") or {})
     measures = {name for name in ("text", "pairs") if base.get(name)}
     if online or "data" in given or not measures:
         measures.add("completions")

@@ -116,7 +116,7 @@ class _Itself:
     def __call__(self, *tokens: torch.Tensor, **settings: Any) -> Any:
         return self.policy(*tokens, **settings)
 
-    def place(self, *_: Any) -> None:
+    def place(self, *_: Any, **_settings: Any) -> None:
         """Nothing to do: the weights are the policy's."""
 
 

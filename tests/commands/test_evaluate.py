@@ -330,7 +330,7 @@ def test_runs_of_other_stages_are_measured_by_what_they_learned_from(here, tiny_
 
 
 def test_a_checkpoint_of_another_policy_is_refused(here):
-    result = run_here("eval", "run=one", "+overrides.seed=5", "paths.output_dir=refused")
+    result = run_here("eval", "run=one", "overrides={seed: 5}", "paths.output_dir=refused")
     assert result.code == 1
     assert "was trained against another reference" in result.err
     checkpoint = Path("one/checkpoints/last.ckpt")
