@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lit_rlhf.student import t_quantile
+
 Row = dict[str, Any]
 Pair = tuple[Row, Row]
 
@@ -102,21 +104,3 @@ def effect(quantity: Quantity, pairs: Sequence[Pair]) -> Effect | None:
 
 def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def t_quantile(freedom: int) -> float:
-    """The 0.975 quantile of Student's t, by its expansion in 1/freedom (Abramowitz & Stegun 26.7.5).
-
-    Off by 0.001 at 4 degrees of freedom, by less for more.
-
-    >>> round(t_quantile(30), 3)
-    2.042
-    """
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))

@@ -11,7 +11,7 @@ from PIL import Image
 from lit_rlhf.errors import UserError
 from lit_rlhf.report import build_report, picture
 from lit_rlhf.report_charts import Series, curves, histogram
-from lit_rlhf.report_effect import effect, pair_up, quantities, t_quantile
+from lit_rlhf.report_effect import effect, pair_up, quantities
 from lit_rlhf.report_section import load_runs
 from lit_rlhf.report_text import settings_line
 from tests.run_folders import HOSTILE, write_offline, write_pipeline, write_ppo, write_samples
@@ -84,11 +84,6 @@ def test_the_effect_is_the_mean_paired_difference_with_its_interval():
     assert found.half == pytest.approx(2.776 * math.sqrt(0.5), abs=2e-3)
     assert found.before_se == pytest.approx(math.sqrt(250 / 5))  # 0, 10 ... 40: variance 250
     assert effect(quantities(pairs)[0], pairs[:4]).half is None
-
-
-@pytest.mark.parametrize(("freedom", "value"), [(4, 2.776), (5, 2.571), (10, 2.228), (30, 2.042), (100, 1.984)])
-def test_the_t_quantile_agrees_with_the_printed_tables(freedom, value):
-    assert t_quantile(freedom) == pytest.approx(value, abs=1.1e-3)
 
 
 def test_a_score_that_was_not_finite_leaves_its_pair_out():

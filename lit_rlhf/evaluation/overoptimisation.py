@@ -11,15 +11,15 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
+from lit_rlhf.config import read_config
 from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.statistics import Interval, bootstrap
-from lit_rlhf.run_folder import CONFIG, EVALUATION, METRICS, SAMPLES, read_rows, whole_lines
+from lit_rlhf.run_folder import EVALUATION, METRICS, SAMPLES, read_rows, whole_lines
 
 #: What beta is multiplied by, as a function of the distance; 0 at a distance of 0.
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -76,8 +76,8 @@ def read_sweep(folder: Path) -> list[dict[str, float]]:
     """
     rows = []
     for job in _jobs(folder, "ppo"):
-        config = _config(job / "ppo")
-        settings = {"comparisons": _comparisons(job), "kl_coef": config["kl"]["coef"], "seed": config["seed"]}
+        config = read_config(job / "ppo", needs=["kl", "seed"])
+        settings = {"comparisons": _comparisons(job), "kl_coef": config.kl.coef, "seed": config.seed}
         metrics = job / "ppo" / METRICS
         columns, logged = read_rows(metrics)
         if missing := [name for name in _MEASURED.values() if name not in columns]:
@@ -107,7 +107,7 @@ def read_best_of_n(folder: Path, parts: int = 10) -> list[dict[str, float]]:
     """
     rows = []
     for job in _jobs(folder, _BEST_OF_N):
-        settings = {"comparisons": _comparisons(job), "seed": _config(job / "ppo")["seed"]}
+        settings = {"comparisons": _comparisons(job), "seed": read_config(job / "ppo", needs=["seed"]).seed}
         proxy, gold = _scores(job / _BEST_OF_N)
         for n in (n for n in COUNTS if n <= proxy.shape[1]):
             best = torch.stack([best_of_n(proxy, scores, n) for scores in (proxy, gold)])
@@ -141,14 +141,8 @@ def _jobs(folder: Path, part: str) -> list[Path]:
 
 
 def _comparisons(job: Path) -> int:
-    return _config(job / "proxy")["data"]["pairs_per_epoch"]
+    return read_config(job / "proxy", needs=["data"]).data.pairs_per_epoch
 
-
-def _config(run: Path) -> dict[str, Any]:
-    try:
-        return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{run / CONFIG} cannot be read: {error}") from None
 
 
 def fit(distance: Tensor, reward: Tensor, form: str, *, runs: Tensor | None = None) -> Fit:

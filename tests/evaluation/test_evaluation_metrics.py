@@ -15,9 +15,7 @@ from lit_rlhf.evaluation import (
     SelfBLEU,
     WinRate,
     bootstrap,
-    half_width,
 )
-from lit_rlhf.evaluation.statistics import t_quantile
 
 
 def merged(metric, make, parts):
@@ -93,20 +91,6 @@ def test_a_win_rate_counts_ties_half():
                      torch.ones(4), torch.ones(4))  # fmt: skip
     assert found.plain.value == 0.625
     assert 0 <= found.plain.low < 0.625 < found.plain.high <= 1
-
-
-@pytest.mark.parametrize(
-    ("level", "freedom", "table"),
-    [(0.95, 1, 12.706), (0.95, 2, 4.303), (0.95, 3, 3.182), (0.95, 10, 2.228), (0.99, 4, 4.604), (0.95, 1001, 1.962)],
-)
-def test_students_t_is_that_of_the_tables(level, freedom, table):
-    assert t_quantile(level, freedom) == pytest.approx(table, abs=5e-4)
-
-
-def test_the_interval_of_a_mean_of_few_runs_is_students():
-    assert half_width([0.0, 1.0]) == pytest.approx(12.706 * 0.5, rel=1e-4)
-    assert math.isnan(half_width([1.0]))
-    assert half_width([2.0, 2.0, 2.0]) == 0
 
 
 def test_a_win_rate_without_intervals_is_the_same_number():
