@@ -306,6 +306,8 @@ def test_a_row_that_takes_the_place_of_another_is_known_by_its_attempt(tmp_path)
     fresh.log_metrics({"iteration": 1, "a": 1.0})
     fresh.finish()
     assert runs(tmp_path)[-1].history[0]["attempt"] == 0
+    (tmp_path / "wandb/offline-run-0").mkdir()
+    (tmp_path / "wandb/offline-run-0/run-0.wandb").write_bytes(b":W&B\xe1\xbe\0")  # killed before it had a name
     found = read_offline_runs(tmp_path)
     assert [[row["iteration"] for row in run.rows] for run in found] == [[3], [1]]  # the first run was continued
     assert {"a", "samples"} <= {name.partition("/")[0] for name in found[0].rows[0]}  # two rows of one iteration

@@ -46,12 +46,14 @@ class OfflineRun:
 
     Attributes:
         folder: the run folder, above ``wandb/``.
+        started: when, in nanoseconds since 1970; the names of W&B's folders count seconds only.
         id, name, group, job_type: as W&B would show them; "" where there is none.
         config: the resolved config.
         rows: what was logged, one row for every iteration, in order.
     """
 
     folder: Path
+    started: int
     id: str
     name: str
     group: str
@@ -61,27 +63,30 @@ class OfflineRun:
 
 
 def read_offline_runs(folder: str | Path) -> list[OfflineRun]:
-    """The runs recorded offline anywhere below a folder, in the order of their files.
+    """The runs recorded offline anywhere below a folder, the oldest first.
 
     A resumed run is the newest of its records, which holds the rows so far as well. Of rows of one iteration those of
     the last attempt count.
     """
-    found = [_read(path) for path in sorted(Path(folder).rglob("wandb/offline-run-*/*.wandb"))]
+    found = [run for path in Path(folder).rglob("wandb/offline-run-*/*.wandb") if (run := _read(path)) is not None]
     continued = {run.config.get("resumed_from") for run in found}
-    return [run for run in found if run.id not in continued]
+    return sorted((run for run in found if run.id not in continued), key=lambda run: run.started)
 
 
-def _read(path: Path) -> OfflineRun:
+def _read(path: Path) -> OfflineRun | None:
+    """The run of a file; None where it was killed before it had a name."""
     kept = records(path)
-    run = next(record.run for record in kept if record.HasField("run"))
+    run = next((record.run for record in kept if record.HasField("run")), None)
+    if run is None:
+        return None
     config = items(run.config.update)
     for record in kept:
         if record.HasField("config"):
             config |= items(record.config.update)
     logged = [items(record.history.item) for record in kept if record.HasField("history")]
     return OfflineRun(
-        folder=path.parents[2], id=run.run_id, name=run.display_name, group=run.run_group, job_type=run.job_type,
-        config=config, rows=by_iteration(logged),
+        folder=path.parents[2], started=run.start_time.ToNanoseconds(), id=run.run_id, name=run.display_name,
+        group=run.run_group, job_type=run.job_type, config=config, rows=by_iteration(logged),
     )  # fmt: skip
 
 
