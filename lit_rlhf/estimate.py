@@ -21,7 +21,7 @@ from lit_rlhf.estimation.roofline import Machine, ThisMachine
 from lit_rlhf.estimation.shapes import shapes_only, size_of
 from lit_rlhf.estimation.stages import Layout, Stage, frozen_reference, leaves, offline_stages, online_stages
 from lit_rlhf.layers import layers_of
-from lit_rlhf.models.reference import cast_dtype
+from lit_rlhf.models.cast import cast_dtype
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rewards.http import JsonClient
 from lit_rlhf.train import check_plain, make_algorithm
@@ -94,6 +94,7 @@ def estimate(config: DictConfig) -> Estimate:
             cast = cast_dtype(layout.precision, sharded=layout.sharded)
             algorithm.reference.place(torch.device("cpu"), cast)
         if algorithm.online:
+            algorithm.place_rewards(torch.device("cpu"), layout.precision)
             stages = list(online_stages(algorithm, layout, clips))
         else:
             stages = list(offline_stages(algorithm, layout, _batch_size(run.data), clips))

@@ -27,8 +27,9 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.generators import from_plain, get_generators, set_generators, to_plain
 from lit_rlhf.halving import Halving
 from lit_rlhf.machine import decode_dtype
+from lit_rlhf.models.cast import cast_dtype
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.reference import Reference, cast_dtype
+from lit_rlhf.models.reference import Reference
 from lit_rlhf.precision import use_half_weights
 from lit_rlhf.run_folder import sync_rows
 

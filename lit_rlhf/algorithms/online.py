@@ -29,6 +29,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import full_kl, kl_estimate, masked_mean, ratio_stats
 from lit_rlhf.functional.masked import zero_masked
 from lit_rlhf.kl import FixedKL, KLPenalty
+from lit_rlhf.models.cast import cast_dtype
 from lit_rlhf.models.policy import Policy, PolicyOutput, disable_dropout
 from lit_rlhf.models.reference import make_reference, require_same_reference
 from lit_rlhf.rewards.scoring import Reward, freeze
@@ -439,8 +440,7 @@ class OnlineAlgorithm(Algorithm):
                         f"{name} changes over the whole run, and trainer.max_time alone does not say how long that is; "
                         "set trainer.max_epochs or trainer.max_steps as well"
                     )
-        for scorer in (self.reward, self.gold):
-            freeze(scorer, self.trainer.strategy.root_device)
+        self.place_rewards(self.trainer.strategy.root_device, str(self.trainer.precision))
         if stage == "fit":
             if self.reward_has_state:
                 require_plain("the reward's state_dict()", self.reward.state_dict())
@@ -449,6 +449,11 @@ class OnlineAlgorithm(Algorithm):
                 if model is not None:
                     model.train()  # without dropout that only lets gradient checkpointing work
             self.take_over_loader()
+
+    def place_rewards(self, device: torch.device, precision: str) -> None:
+        """Freezes reward and gold on ``device``; those with a model score in half precision if training does."""
+        for scorer in (self.reward, self.gold):
+            freeze(scorer, device, cast_dtype(precision, sharded=False))
 
     def train_dataloader(self) -> RolloutLoader:
         if self.loader is not None and self._loader_state is None:

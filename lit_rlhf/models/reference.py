@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_rlhf.distributed import shard
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.cast import cast_layers
 from lit_rlhf.models.guided import GuidedModel
 from lit_rlhf.models.policy import Policy, PolicyOutput
 
@@ -52,38 +53,20 @@ class FrozenCopy:
         return _hash(self._policy.model.state_dict())
 
     def place(self, device: torch.device, cast: torch.dtype | None, *, all_weights: bool = False) -> None:
-        """Moves the weights to ``device`` and keeps linear layers in ``cast``, to which autocast casts them anyway.
+        """Moves the weights to ``device`` and keeps linear layers in ``cast``, see ``cast_layers``.
 
-        That halves their memory and changes no number. Embeddings and norms, and what is tied to them, stay in fp32, as
-        does what the model's class wants so, unless ``all_weights`` of the policy are in half precision, too. Without
-        ``cast`` all are as they came; once cast, they stay rounded.
+        ``all_weights``: those of the policy are in half precision, too. Without ``cast`` all have the type that they
+        came in; once cast, they stay rounded.
         """
         self._policy.to(device)
-        if isinstance(self._policy.model, GuidedModel):
-            return
-        base = self._policy.base
-        kept = {*(base._keep_in_fp32_modules or ()), *(base._keep_in_fp32_modules_strict or ())}
-        others = {
-            id(parameter)
-            for name, module in base.named_modules()
-            if type(module) is not nn.Linear or kept & set(name.split("."))
-            for parameter in module.parameters(recurse=False)
-        }
-        for parameter in base.parameters():
-            if all_weights or id(parameter) not in others:
-                parameter.data = parameter.data.to(cast or self._dtype)
+        if not isinstance(self._policy.model, GuidedModel):
+            cast_layers(self._policy.base, cast or self._dtype, all_weights=all_weights)
 
     def shard(self, mesh: Any) -> None:
         shard(self._policy.base, mesh)
 
 
 Reference = AdapterOff | FrozenCopy
-
-
-def cast_dtype(precision: str, *, sharded: bool) -> torch.dtype | None:
-    """What ``place`` casts to under a ``trainer.precision``; the shards of a layer have one precision."""
-    halves = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-    return None if sharded else halves.get(precision)
 
 
 def make_reference(policy: Policy) -> Reference:

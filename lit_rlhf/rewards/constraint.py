@@ -35,7 +35,7 @@ class ConstrainedReward(RewardGroup):
 
     name = "constrained"
     learns = True
-    place = "reward."
+    key = "reward."
 
     def __init__(
         self,

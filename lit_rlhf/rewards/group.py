@@ -26,7 +26,7 @@ class RewardGroup:
     #: Names that the group's own components have.
     reserved: tuple[str, ...] = ()
     #: What stands before a reward's name in its config key.
-    place = "reward.rewards."
+    key = "reward.rewards."
 
     def __init__(self, rewards: Mapping[str, Reward]) -> None:
         if not isinstance(rewards, Mapping) or not rewards:
@@ -34,11 +34,11 @@ class RewardGroup:
         for name, reward in rewards.items():
             if not isinstance(name, str) or {"/", "."} & set(name) or name in self.reserved:
                 raise UserError(
-                    f"{self.place}{name}: a reward of {type(self).__name__} must have another name, a text without '/' "
+                    f"{self.key}{name}: a reward of {type(self).__name__} must have another name, a text without '/' "
                     f"and '.'{''.join(f', not {taken}' for taken in self.reserved)}"
                 )
             if not callable(reward):
-                raise UserError(f"{self.place}{name} must be a reward, got {reward!r}")
+                raise UserError(f"{self.key}{name} must be a reward, got {reward!r}")
         self.rewards = dict(rewards)
 
     @property
@@ -102,11 +102,10 @@ class RewardGroup:
             if hasattr(reward, "load_state_dict") and not isinstance(reward, nn.Module)
         }
 
-    def to(self, device: Any) -> "RewardGroup":
-        """Moves the rewards that have weights of their own."""
+    def place(self, device: Any, cast: Any) -> None:
+        """Moves the rewards that have weights of their own, see ``freeze``."""
         for reward in self.rewards.values():
-            freeze(reward, device)
-        return self
+            freeze(reward, device, cast)
 
 
 def learns(reward: Reward) -> bool:

@@ -27,7 +27,7 @@ class PrefixReward(RewardGroup):
     """
 
     name = "prefix"
-    place = "reward."
+    key = "reward."
 
     def __init__(self, *, reward: Reward, every: int = 1) -> None:
         super().__init__({"reward": reward})

@@ -166,11 +166,17 @@ def require_columns(key: str, reward: Reward, columns: Mapping[str, Any]) -> Non
         )
 
 
-def freeze(reward: Reward, device: torch.device | str) -> None:
-    """Moves a reward that has weights to ``device``; a network is also switched to evaluation and never trained."""
+def freeze(reward: Reward, device: torch.device | str, cast: torch.dtype | None = None) -> None:
+    """Moves a reward that has weights to ``device``; a network is also switched to evaluation and never trained.
+
+    Rewards with ``place(device, cast)``, those of this library that hold a model, then score in ``cast``, without it in
+    fp32; a user's own network computes in what it was made in.
+    """
     if isinstance(reward, nn.Module):
         reward.eval().requires_grad_(False)
-    if hasattr(reward, "to"):
+    if hasattr(reward, "place"):
+        reward.place(device, cast)
+    elif hasattr(reward, "to"):
         reward.to(device)
 
 

@@ -47,7 +47,7 @@ def passes(settings: Settings, low: torch.dtype, *, critic: bool, reward: bool) 
         Pass(stage="rollout", part="head", rows=s.completions, dtype=low, times=s.response_length - 1),
     ]
     if reward:
-        found.append(Pass(stage="score", part="reward", rows=s.completions * both, dtype=torch.float32))
+        found.append(Pass(stage="score", part="reward", rows=s.completions * both, dtype=low))
     shared = {"rows": s.minibatch * both, "dtype": low}
     head = {"part": "head", "rows": s.minibatch * s.response_length, "dtype": low}
     for stage, part in (("anchor", "policy"), ("anchor", "trunk")):

@@ -136,13 +136,16 @@ def test_shards_are_a_part_of_the_whole_and_ddp_holds_buckets():
     assert ddp.communication["8 step"] == pytest.approx(2 * 2 * ring)  # 32 rows in minibatches of 16, 2 epochs
 
 
-def test_a_reward_models_weights_and_passes_count(tmp_path):
+@pytest.mark.parametrize("full", [True, False])
+def test_a_reward_models_weights_and_passes_count(tmp_path, full):
     config = LlamaConfig(vocab_size=259, num_labels=1, pad_token_id=0, **SHAPE)
     model = LlamaForSequenceClassification(config)
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    found = estimated("reward=model", f"reward.path={tmp_path}", "sampler.max_new_tokens=6")
-    assert round(found.held["reward"] * GB) == size_of(model)
+    changes = ("reward=model", f"reward.path={tmp_path}", "sampler.max_new_tokens=6", "trainer.precision=bf16-mixed")
+    found = estimated(*changes, f"reward.full_precision={str(full).lower()}")
+    layers = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    assert round(found.held["reward"] * GB) == size_of(model) - (0 if full else 2 * layers)
     products = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
     attention = 2 * 4 * 14 * 14 * 32  # layers * 2 products of 2 FLOP for each pair of positions and unit of width
     score = found.flops["2 score: LlamaForSequenceClassification"] * 1e12

@@ -7,7 +7,7 @@ from classifiers import save_classifier
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import byte_tokenizer
 from lit_rlhf.rewards import CompositeReward, ConstrainedReward, EnsembleReward, ModelReward, PrefixReward
-from lit_rlhf.rewards.scoring import Scores, required_columns, score
+from lit_rlhf.rewards.scoring import Scores, freeze, required_columns, score
 
 
 def ones(prompts, completions, **columns):
@@ -100,7 +100,7 @@ class TestComposite:
 
         movable, network = Movable(), torch.nn.Dropout().train()
         rewards = {"a": ones, "b": movable, "c": network}
-        CompositeReward(rewards=rewards, weights=dict.fromkeys(rewards, 1)).to("meta")
+        freeze(CompositeReward(rewards=rewards, weights=dict.fromkeys(rewards, 1)), "meta")
         assert movable.device == "meta"
         assert not network.training
 
@@ -121,6 +121,12 @@ class TestEnsemble:
         scores = score(EnsembleReward(rewards=MEMBERS, **settings), ["", ""], ["x", "y"], {})
         assert scores.total.tolist() == expected
         assert lists(scores) == {"ensemble": expected, "low": [1, 0], "high": [3, 8], "std": [1, 4]}
+
+    def test_members_score_in_the_precision_that_the_whole_is_given(self, tmp_path):
+        paths = [save_classifier(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+        ensemble = EnsembleReward.from_paths(paths=paths)
+        freeze(ensemble, "cpu", torch.bfloat16)
+        assert [member.cast for member in ensemble.rewards.values()] == [torch.bfloat16] * 2
 
     def test_reward_models_are_loaded_by_path(self, tmp_path):
         paths = [save_classifier(tmp_path / str(seed), seed=seed) for seed in (0, 1)]

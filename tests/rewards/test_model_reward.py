@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from classifiers import save_classifier
+from ppo_runs import fit, make
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.rewards import ModelReward
-from lit_rlhf.rewards.scoring import score
+from lit_rlhf.rewards.scoring import freeze, score
 
 PROMPTS = ["A fine ", "It ", "What a long and winding ", "x"]
 COMPLETIONS = ["film.", "was so very boring that I slept", "road", ""]
@@ -94,6 +95,48 @@ def test_it_is_frozen_without_dropout_and_in_fp32_whatever_surrounds_it(tmp_path
         again = reward(prompts=PROMPTS, completions=COMPLETIONS)
     assert first.requires_grad is False
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("labels", [1, 2])
+def test_in_bfloat16_a_score_is_near_that_in_fp32_and_its_head_is_in_fp32(tmp_path, model_type, labels):
+    several = labels > 1
+    folder = save_classifier(tmp_path, model_type, labels=labels, names=["bad", "good"] if several else None)
+    reward = ModelReward(path=folder, positive_label="good" if several else None)
+    exact = reward(prompts=PROMPTS, completions=COMPLETIONS)
+    freeze(reward, "cpu", torch.bfloat16)
+    rough = reward(prompts=PROMPTS, completions=COMPLETIONS)
+    assert not torch.equal(rough, exact)
+    near = {"rtol": 0, "atol": 0.1 * float(exact.std())}
+    torch.testing.assert_close(rough, exact, **near)
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, rough.bfloat16().float())  # else the logits were rounded to 8 bits
+    linear = [m for m in reward.scorer.model.base_model.modules() if type(m) is torch.nn.Linear]
+    assert all(m.weight.dtype == torch.bfloat16 for m in linear)
+    assert linear or model_type == "gpt2"  # its layers are no nn.Linear
+
+    freeze(reward, "cpu")
+    torch.testing.assert_close(reward(prompts=PROMPTS, completions=COMPLETIONS), exact, **near)
+    assert {p.dtype for p in reward.scorer.parameters()} == {torch.float32}
+
+
+def test_full_precision_keeps_every_bit(tmp_path):
+    folder = save_classifier(tmp_path)
+    exact = ModelReward(path=folder)(prompts=PROMPTS, completions=COMPLETIONS)
+    reward = ModelReward(path=folder, full_precision=True)
+    freeze(reward, "cpu", torch.bfloat16)
+    assert torch.equal(reward(prompts=PROMPTS, completions=COMPLETIONS), exact)
+
+
+@pytest.mark.parametrize(("precision", "cast"), [("bf16-mixed", torch.bfloat16), ("32-true", None)])
+def test_training_scores_in_its_own_precision(trainer, tmp_path, precision, cast):
+    reward, gold = ModelReward(path=save_classifier(tmp_path)), ModelReward(path=str(tmp_path))
+    watch = fit(trainer, make(reward=reward, gold=gold), precision=precision, max_epochs=1)
+    assert (reward.cast, gold.cast) == (cast, cast)
+    texts = [row["prompt"] + row["completion"] for row in watch.samples]
+    scores = torch.tensor([row["score"] for row in watch.samples])
+    exact = alone(str(tmp_path), texts)[:, 0]
+    torch.testing.assert_close(scores, exact, rtol=0, atol=1e-4 if cast is None else 0.1 * float(exact.std()))
 
 
 def test_long_texts_lose_their_end(tmp_path):
