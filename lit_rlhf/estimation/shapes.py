@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel, masking_utils
 
-from lit_rlhf.models import attention, reference
+from lit_rlhf.models import attention, packed, reference
 
 _aten = torch.ops.aten
 #: What PyTorch's flop counter leaves out.
@@ -158,6 +158,7 @@ def shapes_only(*, cpu: bool) -> Iterator[None]:
         (nn.Module, "_apply", _apply),
         (masking_utils, "is_tracing", lambda *_: False),  # which would make masks where the real code finds no padding
         (reference, "_hash", lambda *_: ""),  # of weights that are not there
+        (packed, "can_pack", lambda _: False),  # the same products of the same size, in an operation without shapes
     ]
     plain = [vars(owner)[name] for owner, name, _ in replacements]
     for owner, name, own in replacements:

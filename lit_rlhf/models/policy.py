@@ -25,6 +25,7 @@ from lit_rlhf.functional import entropy_from_logits, selective_logprobs
 from lit_rlhf.layers import compile_layers
 from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.guided import GUIDANCE_FILE, GuidedModel, load_guidance
+from lit_rlhf.models.packed import decoding_layers, use_decoding_layers
 from lit_rlhf.models.sources import NO_CODE, not_loaded, resolve_model
 from lit_rlhf.rollout.sampler import position_ids
 
@@ -249,15 +250,16 @@ class Policy(nn.Module):
         It is a copy where that pays (LoRA, or another dtype), of which only what trains is made again. Between rollout
         phases ``free_decoder`` gives up the memory of that part.
         """
-        own = next(self.model.parameters()).dtype
-        if dtype == own and not isinstance(self.model, PeftModel) and not self.sharded:
+        own = next(self.model.parameters())
+        if dtype == own.dtype and not isinstance(self.model, PeftModel) and not self.sharded:
             return self.model
         # Lightning validates in inference mode, whose tensors could never be written to again in training.
         with torch.inference_mode(False), torch.no_grad():
-            if self._decoder is None:
+            if self._decoder is None or (next(self._decoder.parameters()).device != own.device and not self.sharded):
                 # Not a submodule: it must not enter the optimiser, the checkpoint or train().
                 object.__setattr__(self, "_decoder", self._copy(dtype))
-            self._refresh(self._decoder.to(next(self.model.parameters()).device))
+                use_decoding_layers(self._decoder)
+            self._refresh(self._decoder.to(own.device))
         return self._decoder
 
     def _copy(self, dtype: torch.dtype) -> PreTrainedModel:
@@ -270,11 +272,14 @@ class Policy(nn.Module):
 
     def _refresh(self, clone: PreTrainedModel) -> None:
         targets = dict(clone.named_parameters())
+        layers = decoding_layers(clone)
         for name, weight in self._trained_weights():
             target = targets[name]
             if target.numel() == 0:  # freed
                 target.data = torch.empty_like(weight, dtype=target.dtype)
             target.copy_(weight)
+            for layer in layers.get(id(target), ()):
+                layer.renew()
 
     def _trained_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Those weights of the model that training changes, adapters merged, each whole."""
@@ -293,6 +298,9 @@ class Policy(nn.Module):
         with torch.inference_mode(False):  # as in ``decoder``
             for parameter in self._decoder.parameters():
                 parameter.data = parameter.data.new_empty(0)
+            for layers in decoding_layers(self._decoder).values():
+                for layer in layers:
+                    layer.renew()
 
     @torch.no_grad()
     def merged(self) -> PreTrainedModel:
