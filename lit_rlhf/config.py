@@ -24,6 +24,7 @@ from lit_rlhf.config_types import check_types, default_of
 from lit_rlhf.errors import UserError, printable
 from lit_rlhf.imports import find
 from lit_rlhf.overrides import CHOSEN, as_written, drop_keys_of_others, part_of, replace_parts
+from lit_rlhf.preemption import Preempted
 from lit_rlhf.redact import redact_error, references_kept
 from lit_rlhf.run_folder import CONFIG
 from lit_rlhf.sweep import Sweep
@@ -44,6 +45,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         @functools.wraps(task)
         def guarded(config: DictConfig) -> Any:
+            if Sweep.stopped_worker():
+                return None
             try:
                 with suppress(OmegaConfBaseException):
                     resolved(config)  # notes what no message may show
@@ -55,6 +58,10 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 again = functools.partial(compose, hydra.job.config_name)
                 drop_keys_of_others(config, again, hydra.runtime.choices, where, preset, given)
                 return task(config)
+            except Preempted:
+                if Sweep.stopped_worker():
+                    return None
+                raise
             except (UserError, OmegaConfBaseException) as error:
                 redact_error(error)
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":

@@ -5,9 +5,10 @@ A job that fails ends none of the others. The command fails at its end instead, 
 
 import json
 import logging
+import multiprocessing
 import os
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from omegaconf import DictConfig
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.overrides import as_written, split_override
+from lit_rlhf.preemption import Preempted, asked_to_stop, listening, passing_on
 from lit_rlhf.run_folder import finite, format_rows, read_summary, replace_file
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class Sweep(Callback):
 
     _open: ClassVar["Sweep | None"] = None  # in the process that launches the jobs
     job: ClassVar["Sweep | None"] = None  # in the process of a job
+    _signals: ClassVar[ExitStack] = ExitStack()  # open where joblib is told to stop: with its workers, and in each
 
     def __init__(self) -> None:
         self._folder: Path | None = None
@@ -48,11 +51,18 @@ class Sweep(Callback):
         for earlier in _records(self._folder):
             earlier.unlink()
         Sweep._open = self
+        if _stops_workers(config):
+            Sweep._signals.enter_context(listening())
+            Sweep._signals.enter_context(passing_on(_tell_workers))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if self._folder is None:
             return
+        if Sweep._open is None and Sweep.job is None and _stops_workers(config):
+            Sweep._signals.enter_context(listening())  # also between jobs: a worker that dies takes the others along
         Sweep.job = self
+        if Sweep.stopped_worker():
+            return
         if self._threads is not None:
             import torch
 
@@ -61,6 +71,9 @@ class Sweep(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if self._folder is None:
+            return
+        if Sweep.stopped_worker():
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
             return
         try:
             value = finite(job_return.return_value)
@@ -85,7 +98,10 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if "n_jobs" in config.hydra.launcher:
             end_workers()
-        failed = self._close(share=True)
+        stopped = asked_to_stop()
+        failed = self._close(share=not stopped)
+        if stopped:
+            raise Preempted
         if failed:
             sys.exit(failed)  # of exceptions Hydra makes warnings
 
@@ -93,11 +109,23 @@ class Sweep(Callback):
     def cut_short(cls) -> None:
         """Writes what there is of a multirun that ended by an exception, of which Hydra tells no callback."""
         if cls._open is not None:
+            stopped = asked_to_stop()
             cls._open._close(share=False)  # whoever interrupts does not want to wait for an upload
+            if stopped:  # and a worker that was not listening yet was ended by the signal
+                raise Preempted
+
+    @classmethod
+    def stopped_worker(cls) -> bool:
+        """Whether this is one of joblib's workers and was asked to stop: its job is over, and no further one begins.
+
+        What a job raises would end the other workers in the middle of what they do.
+        """
+        return cls._open is None and cls.job is not None and asked_to_stop()
 
     def _close(self, *, share: bool) -> str:
         """Writes sweep.csv and the report; returns a message that names the failed jobs, if any."""
         Sweep._open = None
+        Sweep._signals.close()
         jobs = read_jobs(self._folder)
         failed = [job for job in jobs if job["status"] == "failed"]
         varied = [k for k in _keys(jobs, "overrides") if len({str(job["overrides"].get(k)) for job in jobs}) > 1]
@@ -109,6 +137,16 @@ class Sweep(Callback):
             write_table(self._folder, jobs)
             write_report(self._folder, share=share)
         return "\n".join(lines) if failed else ""
+
+
+def _stops_workers(config: DictConfig) -> bool:
+    """Whether joblib's workers do what can be continued: only then do they, and who starts them, stop by signals."""
+    return "n_jobs" in config.hydra.launcher and config.hydra.job.config_name in ("train", "pipeline")
+
+
+def _tell_workers(number: int) -> None:
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, number)
 
 
 def end_workers() -> None:

@@ -153,6 +153,24 @@ def test_a_multirun_stops_with_its_job():
     assert not Path("sweep/1").exists()
 
 
+def test_of_a_joblib_multirun_all_jobs_stop_with_checkpoints_and_no_further_one_begins(whole):
+    """One of the workers strikes the command alone, as ``kill`` does."""
+    sweep = ["train", "-m", *RUN, "seed=0,1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    strike = ["+callbacks.strike._target_=preempting.Strike", "+callbacks.strike.step=5"]
+    result = run_here(*sweep, *strike, f"+callbacks.strike.pid={os.getpid()}", "hydra.sweep.dir=sweep")
+    assert result.code == PREEMPTED, result.err
+    begun = sorted(path.parent.name for path in Path("sweep").glob("*/summary.json"))
+    assert begun in (["0"], ["1"], ["0", "1"])  # the other worker may still have been starting
+    assert [summary(f"sweep/{job}")["status"] for job in begun] == ["preempted"] * len(begun)
+    assert 6 in [last(path.parents[1])["global_step"] for path in Path("sweep").glob("*/checkpoints/last.ckpt")]
+    with open("sweep/sweep.csv", newline="") as file:
+        assert {row["status"] for row in csv.DictReader(file)} == {"interrupted"}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert run_here(*sweep, "hydra.sweep.dir=sweep").code == 0
+    assert_same(whole, "sweep/0")
+    assert [summary(f"sweep/{job}")["status"] for job in "012"] == ["completed"] * 3
+
+
 PIPELINE = """
 # @package _global_
 stages:
