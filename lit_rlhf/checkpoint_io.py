@@ -96,7 +96,7 @@ def place(temporary: Path, path: Path, sums: dict[str, str]) -> None:
         file.write(lines)
         file.flush()
         os.fsync(file.fileno())
-    listed.unlink(missing_ok=True)  # before the checkpoint that it belongs to goes: whole and unlisted is better than
+    _delete(listed)  # before the checkpoint that it belongs to goes: whole and unlisted is better than
     if path.is_dir() and not path.is_symlink():  # a whole one that looks damaged
         shutil.rmtree(path)
     os.replace(temporary, path)
@@ -117,8 +117,12 @@ def folder_sums(folder: Path) -> dict[str, str]:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's bytes; None if they are those that were written, or nothing says which were."""
-    path = path.resolve()  # last.ckpt and best.ckpt are links
+    path = Path(os.path.realpath(path))  # last.ckpt and best.ckpt are links; Path's own raises where they go in circles
     listed = path.with_name(path.name + SUMS)
+    for place in (path, listed):
+        # Of a pipe or a device, reading might never end.
+        if os.path.lexists(place) and not (place.is_file() or (place.is_dir() and place == path)):
+            return f"{place.name} is no file"
     try:
         lines = listed.read_text().splitlines() if listed.exists() else []
         if listed.exists() and not any(line.strip() for line in lines):
@@ -138,7 +142,7 @@ def damage(path: Path) -> str | None:
 def remove(path: Path) -> None:
     """Removes a checkpoint and its checksum."""
     _delete(path)  # first: a checksum without a checkpoint is nothing
-    path.with_name(path.name + SUMS).unlink(missing_ok=True)
+    _delete(path.with_name(path.name + SUMS))
 
 
 def _delete(path: Path) -> None:

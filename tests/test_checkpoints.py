@@ -5,12 +5,14 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from command_line import TINY, run_here
+from command_line import TINY, environment, run_here
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ppo_runs import make
 from tiny import Prompts
@@ -229,6 +231,41 @@ def test_if_every_checkpoint_is_damaged_nothing_begins_anew(whole):
     assert result.code == 1
     assert "none of the 2 checkpoints in" in result.err
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+#: What may bear the name of a checkpoint.
+ODD = {
+    "pipe": os.mkfifo, "folder": Path.mkdir, "empty": Path.touch, "device": lambda path: path.symlink_to("/dev/zero"),
+    "circle": lambda path: path.symlink_to(path.name), "dangling": lambda path: path.symlink_to("nowhere"),
+}  # fmt: skip
+
+
+def test_what_only_has_the_name_of_a_checkpoint_is_passed_over(tmp_path):
+    """In a process of its own, which can be ended: to read a pipe takes for ever."""
+    Path("checkpoints").mkdir()
+    for number, odd in enumerate(ODD.values(), start=2):
+        odd(tmp_path / f"checkpoints/step={number:08d}-epoch=0001.ckpt")
+    script = """
+from pathlib import Path
+from lit_rlhf.checkpoint_io import FileCheckpointIO, remove
+from lit_rlhf.train import newest_good
+from lit_rlhf.callbacks.checkpoints import written
+FileCheckpointIO().save_checkpoint({"lit_rlhf": {}}, "checkpoints/step=00000001-epoch=0001.ckpt")
+print(newest_good(Path("checkpoints"))[0])
+for path in written(Path("checkpoints")):
+    remove(path)
+print(*Path("checkpoints").iterdir())
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=90)
+    assert done.stdout == f"{Path('checkpoints').resolve()}/step=00000001-epoch=0001.ckpt\n\n", done.stderr
+    for number in range(2, 2 + len(ODD)):
+        assert f"step={number:08d}-epoch=0001.ckpt cannot be read as a checkpoint" in done.stderr
+
+
+def test_a_folder_of_another_callback_s_makes_way_for_the_link_to_the_newest(trainer, tmp_path):
+    (tmp_path / "c" / "last.ckpt").mkdir(parents=True)
+    fit(trainer, Checkpoints(dirpath=tmp_path / "c"), max_epochs=1)
+    assert os.readlink(tmp_path / "c" / "last.ckpt") == names(tmp_path / "c")[0]
 
 
 @pytest.mark.parametrize("link", [True, False])

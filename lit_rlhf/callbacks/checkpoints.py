@@ -262,18 +262,19 @@ class Checkpoints(Checkpoint):
                 if place.is_symlink():
                     place.unlink()
                 continue
+            if place.is_dir() and not place.is_symlink():
+                remove(place)  # another callback's sharded checkpoint
             unfinished = self.folder / (link + UNFINISHED)
             unfinished.unlink(missing_ok=True)
             unfinished.symlink_to(name)
-            if place.is_dir() and not place.is_symlink():
-                remove(place)  # another callback's sharded checkpoint
             os.replace(unfinished, place)
 
 
 def written(folder: Path) -> list[Path]:
     """The checkpoints of `Checkpoints` in a folder, the newest first."""
-    found = [path for path in folder.glob("step=*.ckpt") if _NAME.fullmatch(path.name)]
-    return sorted((path.resolve() for path in found), key=lambda path: _number(path.name), reverse=True)
+    # Not the paths themselves are resolved: one may be a link that leads elsewhere, or nowhere.
+    found = [path for path in folder.resolve().glob("step=*.ckpt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: _number(path.name), reverse=True)
 
 
 def _pair(stored: Any) -> Best:
