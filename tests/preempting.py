@@ -40,3 +40,10 @@ class Strike(L.Callback):
     def on_fit_end(self, *_):
         if self.phase == "export":
             self.strike()
+
+
+class Mean(L.Callback):
+    """Logs a mean over the steps of an epoch, as a user's callback may."""
+
+    def on_train_batch_end(self, trainer, module, *_):
+        module.log("mine/step", float(trainer.global_step), on_step=False, on_epoch=True, batch_size=1)

@@ -94,6 +94,17 @@ def test_in_a_rollout_the_run_ends_at_once_for_it_will_be_drawn_again(whole, pha
     assert_same(whole)
 
 
+def test_after_the_last_step_of_an_epoch_the_rows_that_lightning_logs_of_it_are_there_too():
+    mine = ["+callbacks.mean._target_=preempting.Mean", "trainer.limit_val_batches=0"]
+    assert start(*mine, strike={"step": 7}).code == PREEMPTED
+    assert last()["global_step"] == 8
+    assert start(*mine).code == 0
+    # Counted after the steps 1 to 4, 5 to 8 and 9 to 12; the row's step is the last one's, before it.
+    assert [(row["step"], row["mine/step"]) for row in rows("cut") if row["mine/step"]] == [
+        ("3", "2.5"), ("7", "6.5"), ("11", "10.5")
+    ]  # fmt: skip
+
+
 BATCHES = ["data.prompts=[A film that,The plot,A book,The end]", "data.batch_size=1"]
 
 

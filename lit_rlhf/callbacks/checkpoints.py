@@ -182,8 +182,11 @@ class Checkpoints(Checkpoint):
         """Called after the algorithm's own hook, as Lightning does for callbacks of this kind."""
         stop, due = self._asked_to_stop(trainer), self._due_after(trainer.current_epoch + 1)
         if stop or due:
-            self.save(trainer, pl_module, due=due)
-        if stop:
+            self.save(trainer, pl_module, due=due)  # Lightning's row of the epoch follows, and then the run ends
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        del pl_module
+        if self._asked_to_stop(trainer) and self._saved == self._name(trainer):
             raise Preempted
 
     def on_caught_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
