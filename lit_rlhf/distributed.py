@@ -39,7 +39,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from lit_rlhf.checkpoint_io import folder_sums, place, remove, written_to
 from lit_rlhf.errors import PrintableFormatter, UserError
 from lit_rlhf.layers import layers_of
-from lit_rlhf.preemption import PREEMPTED, Preempted, passing_on
+from lit_rlhf.preemption import PREEMPTED, Preempted, asked_to_stop, listening, passing_on
 from lit_rlhf.quiet import quiet
 from lit_rlhf.sharded_reader import load_shards
 
@@ -302,7 +302,8 @@ def run_in_processes(task: Callable[..., Any], count: int, *args: Any) -> None:
             if told := sorted(Path(folder).glob("*")):
                 raise UserError(told[0].read_text()) from None
             if isinstance(error, ProcessExitedException):
-                if error.exit_code == PREEMPTED:
+                # A process that was not listening yet ends with a code of its own.
+                if error.exit_code == PREEMPTED or asked_to_stop():
                     raise Preempted from None
                 raise UserError(f"process {error.error_index} of {count} ended early: {error}") from None
             raise RuntimeError(str(error)) from None
@@ -334,7 +335,8 @@ def _process(
     for handler in logging.getLogger().handlers:
         handler.setFormatter(PrintableFormatter("%(message)s"))
     try:
-        task(*args)
+        with listening():
+            task(*args)
     except UserError as error:
         (Path(folder) / str(number)).write_text(str(error))
         raise

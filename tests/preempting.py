@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import lightning as L
 
@@ -40,6 +41,14 @@ class Strike(L.Callback):
     def on_fit_end(self, *_):
         if self.phase == "export":
             self.strike()
+
+
+def strike_while_starting(parent):
+    """In a process that does not listen yet: signals the parent, which passes it on."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.environ["RANK"] == "1":
+        os.kill(parent, signal.SIGTERM)
+    time.sleep(60)
 
 
 class Mean(L.Callback):

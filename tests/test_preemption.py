@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import TINY, environment, run_here
+from preempting import strike_while_starting
 from wandb_file import runs
 
-from lit_rlhf.preemption import PREEMPTED
+from lit_rlhf.distributed import run_in_processes
+from lit_rlhf.preemption import PREEMPTED, Preempted, listening
 
 #: Three iterations of four steps.
 RUN = [*TINY, "algorithm.ppo_epochs=2", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2", "ckpt_path=auto"]
@@ -220,6 +222,11 @@ def test_of_several_processes_all_stop_together_whoever_got_the_signal(to):
     assert last()["global_step"] in ([4] if "rollout" in to else range(6, 12))
     assert start(*two).code == start(*two, run="two").code == 0
     assert_same("two")
+
+
+def test_processes_that_are_still_starting_stop_with_the_same_code():
+    with listening(), pytest.raises(Preempted):
+        run_in_processes(strike_while_starting, 2, os.getpid())
 
 
 SECOND = """
