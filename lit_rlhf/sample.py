@@ -1,19 +1,21 @@
 """Completions of policies side by side, on the same prompts and random numbers: ``lit-rlhf sample``."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_rlhf.algorithms.judged import decode_completions
+from lit_rlhf.chat import Chat, require_chat
 from lit_rlhf.checks import check_bool, check_int, check_text
 from lit_rlhf.config import command, instantiate, refuse_unknown
-from lit_rlhf.data.prompts import prompt_problem
+from lit_rlhf.data.prompts import as_lines, prompt_problem
 from lit_rlhf.data.text_files import opened, read_jsonl
 from lit_rlhf.data.tokenize import tokenize_prompts
 from lit_rlhf.errors import UserError, printable
@@ -26,8 +28,11 @@ from lit_rlhf.run_folder import append_rows
 
 Row = dict[str, Any]
 _KEYS = [
-    "task_name", "seed", "policies", "prompts", "chat", "samples_per_prompt", "output", "sampler", "reward", "paths",
+    "task_name", "seed", "policies", "prompts", "chat", "system", "samples_per_prompt", "output", "sampler", "reward",
+    "paths",
 ]  # fmt: skip
+#: What is typed to forget a conversation.
+_NEW = "/new"
 
 
 def complete(
@@ -46,29 +51,32 @@ def complete(
     rollout = sampler.generate(
         policy.decoder(), batch.to(device), seed=seed, stop_ids=policy.stop_ids, pad_id=policy.tokenizer.pad_token_id
     )
-    kept = [ids[mask] for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
-    return policy.tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return decode_completions(rollout, policy.tokenizer)
 
 
 def side_by_side(
     policies: dict[str, Policy],
-    prompts: Sequence[str],
+    prompts: Sequence[str | Chat],
     sampler: Sampler,
     *,
     seed: int = 0,
     first: int = 0,
     samples: int = 1,
     chat: bool = False,
+    before: Mapping[str, Chat] | None = None,
     reward: Reward | None = None,
 ) -> list[Row]:
     """For every prompt and sample a dict: ``prompt``, and by policy ``completions`` and, with a reward, ``scores``.
 
-    Sample j of prompt i is episode (``first`` + i) * ``samples`` + j, whatever else is asked in the same call.
+    Sample j of prompt i is episode (``first`` + i) * ``samples`` + j, whatever else is asked in the same call. With
+    ``chat`` a text is what a user says, after the messages that ``before`` has for the policy.
     """
-    asked = [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts for _ in range(samples)]
-    episodes = [first * samples + number for number in range(len(asked))]
     rows = [{"prompt": prompt, "completions": {}} for prompt in prompts for _ in range(samples)]
+    episodes = [first * samples + number for number in range(len(rows))]
     for name, policy in policies.items():
+        opening = before[name] if before else []
+        asked = [opening + require_chat(row["prompt"]) if chat and isinstance(row["prompt"], str) else row["prompt"]
+                 for row in rows]  # fmt: skip
         texts = complete(policy, asked, sampler, seed, episodes)
         scores = None if reward is None else score(reward, asked, texts, {}).total.tolist()
         for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
@@ -84,7 +92,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
     for name in rows[0]["completions"]:
         table.add_column(Text(printable(name)), overflow="fold")
     for row in rows:
-        cells = [Text(printable(row["prompt"]))]  # Text: completions may hold rich's markup
+        cells = [Text(printable(as_lines(row["prompt"])))]  # Text: completions may hold rich's markup
         for name, text in row["completions"].items():
             cell = Text(printable(text))
             if "scores" in row:
@@ -94,14 +102,15 @@ def show(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
-def read_prompts(prompts: Any) -> list[str]:
-    """The prompts that are named: a list of texts, or those of a file, a line each or the key ``prompt`` in JSON Lines.
+def read_prompts(prompts: Any) -> list[str | Chat]:
+    """The prompts that are named: a list, or those of a file, a line each or the key ``prompt`` in JSON Lines.
 
     Raises:
-        UserError: there are none, or one is no text.
+        UserError: there are none, or one is neither a text nor a chat.
     """
     if isinstance(prompts, ListConfig):
-        found = [str(prompt) for prompt in prompts]
+        listed = OmegaConf.to_container(prompts, resolve=True)
+        found = [prompt if isinstance(prompt, list) else str(prompt) for prompt in listed]
     else:
         path = Path(check_text("prompts", prompts))
         with opened(path, "prompts", "text") as stream:
@@ -118,8 +127,8 @@ def read_prompts(prompts: Any) -> list[str]:
     if not found:
         raise UserError(f"prompts={prompts} must be a list of at least one, such as prompts='[one, two]', or a file")
     for number, prompt in enumerate(found):
-        if problem := prompt_problem(prompt) if isinstance(prompt, str) else f"is no text: {prompt!r:.80}":
-            raise UserError(f"prompts: number {number + 1} {problem}")
+        if problem := prompt_problem(prompt):
+            raise UserError(f"prompts: number {number + 1} {problem:.200}")
     return found
 
 
@@ -147,6 +156,14 @@ def main(config: DictConfig) -> None:
         "samples": check_int("samples_per_prompt", config.samples_per_prompt, at_least=1),
         "chat": check_bool("chat", config.chat),
     }
+    system = None if config.system is None else check_text("system", config.system)
+    if system is not None and not settings["chat"]:
+        raise UserError("system is a message of a chat: set chat=true, too")
+    if settings["chat"] and config.prompts is None and settings["samples"] > 1:
+        raise UserError(
+            f"samples_per_prompt={settings['samples']}: a conversation goes on from one answer; leave it at 1, or give "
+            "prompts"
+        )
     quiet()
     asked = None if config.prompts is None else read_prompts(config.prompts)
     sampler = instantiate(config.sampler, "sampler")
@@ -155,17 +172,25 @@ def main(config: DictConfig) -> None:
     freeze(reward, device)
     policies = {name: load_policy(name).to(device) for name in names}
     console = Console()
+    opening = [] if system is None else [{"role": "system", "content": system}]
     if asked is not None:
-        rows = side_by_side(policies, asked, sampler, reward=reward, **settings)
+        rows = side_by_side(policies, asked, sampler, before=dict.fromkeys(names, opening), reward=reward, **settings)
         show(rows, console)
         save(config.output, rows)
         return
+    said = dict.fromkeys(names, opening)
     for number, prompt in enumerate(typed()):
-        try:
-            rows = side_by_side(policies, [prompt], sampler, first=number, reward=reward, **settings)
-        except UserError as error:  # of this prompt: it is too long, say
-            console.print(Text(printable(str(error)), style="red"))
+        if settings["chat"] and prompt.strip() == _NEW:
+            said = dict.fromkeys(names, opening)
             continue
+        try:
+            rows = side_by_side(policies, [prompt], sampler, first=number, before=said, reward=reward, **settings)
+        except UserError as error:  # of this prompt: it is too long, say
+            hint = f"\n{_NEW} begins a new conversation" if settings["chat"] else ""
+            console.print(Text(printable(str(error)) + hint, style="red"))
+            continue
+        for name, answer in rows[0]["completions"].items():
+            said[name] = [*said[name], *require_chat(prompt), {"role": "assistant", "content": answer}]
         show(rows, console)
         save(config.output, rows)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batch import PromptBatch, Rollout
+from lit_rlhf.data.prompts import as_lines
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import masked_mean
 from lit_rlhf.rewards.scoring import Scores
@@ -119,7 +120,7 @@ def sample_rows(judged: Judged, iteration: int, split: str) -> list[dict[str, An
         {
             "iteration": iteration,
             "split": split,
-            "prompt": prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt),
+            "prompt": as_lines(prompt),
             "completion": completion,
             "score": float(scores[i]),
             **{key: {name: float(values[i]) for name, values in named.items()} for key, named in parts.items()},

@@ -83,6 +83,15 @@ def prompt_problem(prompt: Any) -> str | None:
     return next(filter(None, (_text_problem(message["content"]) for message in prompt)), None)
 
 
+def as_lines(prompt: Any) -> str:
+    """A prompt for people: of a chat a line for each message.
+
+    >>> as_lines([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}])
+    'user: Hi\\nassistant: Yes?'
+    """
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
 def _text_problem(text: str) -> str | None:
     problem = text_problem(text)
     return problem and f"has {problem}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lit_rlhf.checks import check_int, check_number, check_text
+from lit_rlhf.data.prompts import as_lines
 from lit_rlhf.errors import UserError
 from lit_rlhf.rewards.failure import check_on_failure
 from lit_rlhf.rewards.http import JsonClient, Post
@@ -186,7 +187,7 @@ class JudgeReward(Judge):
         questions = [
             (
                 _SCORE_QUESTION.format(
-                    quoted=quote(prompt=_text(prompt), completion=text), rubric=self._rubric, **scale
+                    quoted=quote(prompt=as_lines(prompt), completion=text), rubric=self._rubric, **scale
                 ),
                 self._read,
             )
@@ -229,7 +230,7 @@ class JudgeComparison(Judge):
         questions = [
             (
                 _VERDICT_QUESTION.format(
-                    quoted=quote(prompt=_text(prompt), completion_A=a, completion_B=b), rubric=self._rubric
+                    quoted=quote(prompt=as_lines(prompt), completion_A=a, completion_B=b), rubric=self._rubric
                 ),
                 read,
             )
@@ -291,8 +292,3 @@ def _read_swapped(reply: str) -> float | None:
 def _plain(reply: str) -> str:
     """Without Markdown's emphasis and brackets."""
     return re.sub(r"[*_`\[\]]", "", reply).strip()
-
-
-def _text(prompt: Any) -> str:
-    """A prompt as text, a chat with its roles."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

@@ -11,7 +11,7 @@ from tiny import tiny_policy
 
 from lit_rlhf.evaluation.policies import load_policy
 from lit_rlhf.rollout.sampler import Sampler
-from lit_rlhf.sample import side_by_side
+from lit_rlhf.sample import complete, side_by_side
 
 SHORT = ["sampler.max_new_tokens=6", "sampler.temperature=1"]
 
@@ -37,7 +37,7 @@ def _inside(here, monkeypatch):
 
 def sampled(*arguments):
     Path("out.jsonl").unlink(missing_ok=True)
-    result = run_here("sample", *arguments, *SHORT, "output=out.jsonl")
+    result = run_here("sample", *SHORT, *arguments, "output=out.jsonl")
     assert result.code == 0, result.err
     return [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()], result
 
@@ -100,6 +100,55 @@ def test_a_chat_is_rendered_by_the_policys_template():
     assert rows[0]["completions"] == plain[0]["completions"]
 
 
+CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+SYSTEM, HELLO = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}
+TALK = [SYSTEM, HELLO, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why?"}]
+
+
+@pytest.fixture
+def chatty():
+    """The folders of two policies with a chat template."""
+    for seed, name in enumerate(("chatty_a", "chatty_b")):
+        policy = tiny_policy(seed=seed, max_position_embeddings=256)
+        policy.tokenizer.chat_template = CHATML
+        policy.save(name)
+    return ["policies=[chatty_a,chatty_b]", "sampler=greedy"]
+
+
+def completed(name, text):
+    """What a policy writes greedily after a text."""
+    return complete(load_policy(name), [text], Sampler(max_new_tokens=6, temperature=0), 0)[0]
+
+
+def test_chats_of_a_file_and_of_the_command_line_are_rendered_with_all_their_turns(chatty):
+    Path("chats.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (TALK, [HELLO])))
+    rows, result = sampled(*chatty, "sampler.temperature=0", "prompts=chats.jsonl")
+    assert [row["prompt"] for row in rows] == [TALK, [HELLO]]
+    talk = "<system>Be brief.\n<user>Hello\n<assistant>Yes?\n<user>Why?\n<assistant>"
+    assert rows[0]["completions"] == {name: completed(name, talk) for name in ("chatty_a", "chatty_b")}
+    assert "assistant: Yes?" in result.out
+    listed, _ = sampled(*chatty, "sampler.temperature=0", "prompts=[[{role: user, content: Hello}]]")
+    assert listed == rows[1:]
+
+
+def test_a_conversation_remembers_what_was_said_to_and_by_each_policy(chatty, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nWhy?\n/new\nWhy?\n\n"))
+    rows, _ = sampled(*chatty, "sampler.temperature=0", "chat=true", "system=Be brief.")
+    assert [row["prompt"] for row in rows] == ["Hello", "Why?", "Why?"]
+    for name in ("chatty_a", "chatty_b"):
+        said = "<system>Be brief.\n<user>Hello\n<assistant>"
+        assert rows[0]["completions"][name] == (answer := completed(name, said))
+        assert rows[1]["completions"][name] == completed(name, f"{said}{answer}\n<user>Why?\n<assistant>")
+        assert rows[2]["completions"][name] == completed(name, "<system>Be brief.\n<user>Why?\n<assistant>")
+
+
+def test_a_conversation_that_has_become_too_long_says_how_to_begin_another(chatty, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'long ' * 44}\nagain {'long ' * 10}\n/new\nWhy?\n\n"))
+    rows, result = sampled(*chatty, "sampler.temperature=0", "chat=true")
+    assert [row["prompt"][:4] for row in rows] == ["long", "Why?"]
+    assert "/new begins a new conversation" in result.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,6 +160,9 @@ def test_a_chat_is_rendered_by_the_policys_template():
         (["policies=[nowhere]", "prompts=[a]"], "nowhere"),
         (["policies=[a]", "prompts=[a]", "samples_per_prompt=0"], "samples_per_prompt"),
         (["policies=[a]", "prompts=[a]", "chat=true"], "no chat template"),
+        (["policies=[a]", "prompts=[[{role: user}]]"], "prompts: number 1 has a message without role and content"),
+        (["policies=[a]", "prompts=[a]", "system=x"], "set chat=true"),
+        (["policies=[a]", "chat=true", "samples_per_prompt=2"], "samples_per_prompt=2: a conversation"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(arguments, message):
