@@ -16,7 +16,7 @@ from lit_rlhf.algorithms.offline import MicroBatch, OfflineAlgorithm
 from lit_rlhf.algorithms.pairs import require_different
 from lit_rlhf.batch import PreferenceBatch
 from lit_rlhf.checks import check_number
-from lit_rlhf.data.completions import number_column
+from lit_rlhf.data.completions import answer_text, number_column
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import preference_loss
 from lit_rlhf.models.policy import disable_dropout
@@ -145,6 +145,7 @@ class RewardModel(OfflineAlgorithm):
         texts = batch[column]
         if isinstance(texts, str) or len(texts) == 0:
             raise UserError(f"column '{column}' of the batch must be a list of texts, got {texts!r:.80}")
+        texts = [answer_text(text) for text in texts]
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"sample {number} of the batch has no text in '{column}': {text!r}")

@@ -61,6 +61,15 @@ def test_bradley_terry_over_the_scores_of_texts_alone(tmp_path, family):
     assert (micro.terms, micro.sequences) == (4, 8)
 
 
+def test_answers_of_chats_may_be_messages(tmp_path):
+    algorithm = RewardModel(model_path=save_classifier(tmp_path), max_length=64)
+    sides = {side: [[{"role": "assistant", "content": text}]] for side, text in (("chosen", "yes"), ("rejected", "no"))}
+    messages = algorithm.collate(sides).inputs.pairs
+    texts = algorithm.collate({"chosen": ["yes"], "rejected": ["no"]}).inputs.pairs
+    assert torch.equal(messages.chosen_ids, texts.chosen_ids)
+    assert torch.equal(messages.rejected_ids, texts.rejected_ids)
+
+
 def test_margin_and_centre_enter_the_loss_with_their_coefficients(tmp_path):
     folder = save_classifier(tmp_path)
     chosen, rejected = alone(folder, CHOSEN), alone(folder, REJECTED)
