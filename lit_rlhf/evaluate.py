@@ -173,6 +173,11 @@ def find_subject(config: DictConfig, output: Path) -> Subject:
     if online or "data" in given or not measures:
         measures.add("completions")
     needed = {"completions": ("policy", "data", "reward"), "text": ("policy",), "pairs": ("reward",)}
+    if "completions" in measures and not base.get("policy") and config.run is not None:
+        raise UserError(
+            f"run={config.run} is of a reward model, which writes nothing: name a policy's run, or leave out data= to "
+            "measure the reward model on pairs"
+        )
     for measure in sorted(measures):
         if missing := [part for part in needed[measure] if not base.get(part)]:
             raise UserError(

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from lit_rlhf.config import instantiate, read_config
 from lit_rlhf.distributed import whole_checkpoint
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.policy import Policy, require_language_model
 from lit_rlhf.models.sources import NO_CODE, not_loaded, resolve_model
 from lit_rlhf.run_folder import CONFIG
 from lit_rlhf.train import newest_good, read_checkpoint
@@ -51,9 +51,10 @@ def require_policy(name: str) -> None:
     if (Path(folder) / "adapter_config.json").exists():
         return
     try:
-        AutoConfig.from_pretrained(folder, **NO_CODE)
+        config = AutoConfig.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # of whatever is in the folder
         raise not_loaded("policy.path", name, "causal language model", error) from error
+    require_language_model(name, config)
 
 
 def _exports_nothing_yet(path: Path) -> bool:

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -118,18 +119,29 @@ class Policy(nn.Module):
         ``trust_remote_code`` runs the Python code that comes with a model, which can do anything.
 
         Raises:
-            UserError: nothing can be loaded from ``path``.
+            UserError: nothing can be loaded from ``path``, or what is no causal language model.
         """
         folder = resolve_model(path)
         settings = {"dtype": torch.float32, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
         try:
             if (Path(folder) / "adapter_config.json").exists():
                 model = AutoPeftModelForCausalLM.from_pretrained(folder, **settings).merge_and_unload()
+                missing = set()
             else:
-                model = AutoModelForCausalLM.from_pretrained(folder, **settings)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+                model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+                missing = report["missing_keys"]
         except Exception as error:  # of whatever is in the folder
             raise not_loaded("policy.path", path, "causal language model", error) from error
+        require_language_model(path, model.config)
+        if missing:  # which transformers makes at random
+            raise UserError(
+                f"policy.path={path} is no whole causal language model: it has no weights for {min(missing)}; name a "
+                "folder that was saved with them"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # as above
+            raise not_loaded("policy.path", path, "tokenizer", error) from error
         if attention is None:
             use_fitting_attention(model)
         model = load_guidance(folder, model)
@@ -331,6 +343,8 @@ class Policy(nn.Module):
         """Writes the merged model and the tokenizer in Hugging Face's format (safetensors), in the first process."""
         merged = self.merged()
         if rank() == 0:
+            if merged.generation_config is not None and (ids := self.stop_ids):  # `generate` stops where we do
+                merged.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
             merged.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
@@ -346,6 +360,16 @@ class Policy(nn.Module):
         if self.compiled:  # which a copy is not: the reference is to compute what the policy does, to the last bit
             compile_layers(clone.base)
         return clone
+
+
+def require_language_model(path: str, config: PreTrainedConfig) -> None:
+    """Raises UserError for the config of a classifier: transformers would give its trunk a random head for tokens."""
+    kinds = config.architectures or []
+    if any(kind.endswith("Classification") for kind in kinds):
+        raise UserError(
+            f"policy.path={path} is a {' or '.join(kinds)}, such as a reward model, and writes nothing; name a causal "
+            "language model"
+        )
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:

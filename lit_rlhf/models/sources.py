@@ -126,7 +126,8 @@ def not_loaded(key: str, name: str, kind: str, error: Exception) -> UserError:
     """What to say of a model that transformers cannot load; ``key`` is the config key that names it."""
     reason = f"{key}={name}: no {kind} could be loaded: {_reason(error)}"
     if Path(name).is_dir():
-        return UserError(reason)
+        missing = kind == "tokenizer" and not any(Path(name).glob("*token*"))
+        return UserError(f"{key}={name} has no tokenizer: save one into that folder" if missing else reason)
     return UserError(
         f"{reason}\nWhere the hub cannot be reached, download '{name}' elsewhere (hf download {name} --local-dir "
         f"FOLDER), put the folder on this machine and set {key}=FOLDER; {', '.join(HUB_IDS)} come by `lit-rlhf fetch`."

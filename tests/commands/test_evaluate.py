@@ -107,6 +107,39 @@ def test_any_model_is_evaluated_on_chosen_data_and_rewards(here, monkeypatch):
     assert set(found["win_rates"]["reference"]["1"]) == {"score", "gold/even"}
 
 
+@pytest.fixture(scope="module")
+def classifier(runs):
+    """The folder of a run of a reward model, which is made of a causal language model."""
+    rows = [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(8)]
+    (runs / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["data=jsonl", "data.path=pairs.jsonl", "data.prompt_column=null", "trainer.max_epochs=1", "logger=csv"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(runs)
+        model = ["algorithm=reward_model", "algorithm.model_path=one/model", "algorithm.max_length=32"]
+        result = run_here("train", *model, *settings, "paths.output_dir=scorer")
+    assert result.code == 0, result.err
+
+
+@pytest.mark.usefixtures("classifier")
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("sample", ["policies=[scorer]", "prompts=[a]"], "scorer/model is a LlamaForSequenceClassification"),
+        ("eval", ["run=one", "against=[scorer]"], "scorer is a LlamaForSequenceClassification"),
+        ("eval", ["policy=scorer/model", "data=list", "data.prompts=[a]", "reward=length", "sampler=default"],
+         "scorer/model is a LlamaForSequenceClassification, such as a reward model, and writes nothing"),
+        ("eval", ["policy=scorer", "data=list", "data.prompts=[a]", "reward=length"],
+         "run=scorer is of a reward model"),
+    ],
+)  # fmt: skip
+def test_a_reward_model_is_no_policy(command, arguments, message, here):
+    """Transformers would load its trunk with a random head."""
+    result = run_here(command, *arguments, "paths.output_dir=refused")
+    assert result.code == 1
+    assert message in result.err
+    assert "Traceback" not in result.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

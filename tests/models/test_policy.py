@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import LORA, Prompts, letters, tiny_model, tiny_policy
+from transformers import pipeline
 
 from lit_rlhf.algorithms import PPO
 from lit_rlhf.errors import UserError
@@ -92,6 +94,42 @@ def test_saving_leaves_the_policy_as_it_is(tmp_path):
     policy.save(tmp_path)
     assert before.keys() == policy.state_dict().keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+
+
+def test_a_saved_folder_answers_a_conversation_in_transformers_as_sample_does(tmp_path):
+    policy = tiny_policy(seed=3)
+    policy.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    chats = [talk[:1], [{"role": "system", "content": "Be brief."}, *talk, {"role": "user", "content": "Why?"}]]
+    greedy = Sampler(max_new_tokens=12, temperature=0)
+    [long] = complete(policy, chats[1:], greedy, 0)
+    # The tokenizer of a chat model ends turns by a token that the base model's generation config may not know.
+    end = next(letter for letter in long[2:] if letter.isascii() and letter.isupper())
+    policy.tokenizer.add_special_tokens({"eos_token": end})
+    ours = complete(policy, chats, greedy, 0)
+    assert len(ours[1]) < len(long)
+    policy.save(tmp_path)
+    answer = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    for chat, text in zip(chats, ours, strict=True):
+        [found] = answer(chat, do_sample=False, max_new_tokens=12)
+        assert found["generated_text"] == [*chat, {"role": "assistant", "content": text}]
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"policy\.path=.* has no tokenizer: save one into that folder"):
+        Policy.from_pretrained(path=str(tmp_path))
+
+
+def test_a_folder_that_lacks_weights_is_refused(tmp_path):
+    """Transformers would make them at random."""
+    policy = tiny_policy()
+    policy.save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"no whole causal language model: it has no weights for lm_head\.weight"):
+        Policy.from_pretrained(path=str(tmp_path))
 
 
 def test_a_path_that_holds_no_model_is_refused(tmp_path):
