@@ -229,6 +229,8 @@ def _measured(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, Mapping) and value["low"] is None:  # of a single prompt
+        return number(value["value"])
     if isinstance(value, Mapping):
         return f"{number(value['value'])} ({number(value['low'])} to {number(value['high'])})"
     return "" if value is None else number(value)

@@ -69,7 +69,7 @@ def build_evaluation(folder: Path) -> Path:
         differences=_differences(found),
         texts=_texts(found),
         pairs=_pairs(found),
-        prompts=_side_by_side(folder, columns),
+        prompts=_side_by_side(folder, columns, found.get("prompts", 0)),
         samples=found.get("samples_per_prompt", 1),
         definitions=[definition(name) for name in [*metrics, *(_PERPLEXITY.values() if "perplexity" in found else ())]],
     )
@@ -191,7 +191,7 @@ def win_rate_chart(rows: Sequence[tuple[str, Mapping[str, Any]]], *, label: str)
     """Win rates with their intervals as inline SVG, a line for each row: full dots as they are, hollow at equal length.
 
     Args:
-        rows: a title, and by kind the rate as ``{"value": ..., "low": ..., "high": ...}``.
+        rows: a title, and by kind the rate as ``{"value": ..., "low": ..., "high": ...}``, the ends maybe None.
         label: the text for screen readers.
     """
     with matplotlib.rc_context(style(SVG, 8) | {"ytick.labelcolor": SVG["ink"]}):
@@ -206,11 +206,14 @@ def win_rate_chart(rows: Sequence[tuple[str, Mapping[str, Any]]], *, label: str)
             for kind, (shift, role, face) in _DOTS.items():
                 rate = rates[kind]
                 y, colour = place + shift, SVG[role]
-                axes.plot([rate["low"], rate["high"]], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
+                known = rate["low"] is not None
+                if known:
+                    axes.plot([rate["low"], rate["high"]], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
                 axes.plot(rate["value"], y, "o", color=colour, markersize=4.6, markerfacecolor=face or colour)
-                value, low, end = (f"{100 * rate[key]:.0f}" for key in ("value", "low", "high"))
+                told = f"{100 * rate['value']:.0f} %"
+                told += f" ({100 * rate['low']:.0f} to {100 * rate['high']:.0f})" if known else ""
                 beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
-                axes.annotate(f"{value} % ({low} to {end})", (1.015, y), color=colour, **beside)
+                axes.annotate(told, (1.015, y), color=colour, **beside)
         axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=titles)
         axes.xaxis.set_major_locator(MultipleLocator(0.25))
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
@@ -218,8 +221,8 @@ def win_rate_chart(rows: Sequence[tuple[str, Mapping[str, Any]]], *, label: str)
         return as_svg(figure, label)
 
 
-def _side_by_side(folder: Path, columns: Sequence[Column]) -> list[dict[str, Any]]:
-    """The first completion of each of the first prompts, by column."""
+def _side_by_side(folder: Path, columns: Sequence[Column], prompts: int) -> list[dict[str, Any]]:
+    """The first completion of each of the first of so many prompts, by column; the other completions come after all."""
     by_column: dict[Column, list[dict[str, Any]]] = {column: [] for column in columns}
     for count, line in enumerate(whole_lines(folder / SAMPLES), start=1):
         try:
@@ -229,7 +232,7 @@ def _side_by_side(folder: Path, columns: Sequence[Column]) -> list[dict[str, Any
             message = f"{folder / SAMPLES}, line {count} is not a completion of this evaluation: {error!r}"
             raise UserError(message) from None
     found = []
-    for rows in list(zip(*by_column.values(), strict=False))[:_PROMPTS]:
+    for rows in list(zip(*by_column.values(), strict=False))[: min(prompts, _PROMPTS)]:
         cells = [{"text": row["completion"], "values": _values(row)} for row in rows]
         found.append({"prompt": rows[0]["prompt"], "cells": cells})
     return found
@@ -284,5 +287,6 @@ def _table(*heads: str) -> Table:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"{value['value']:.3f} ± {(value['high'] - value['low']) / 2:.3f}"
+        half = (value["high"] - value["low"]) / 2
+        return _shown(value["value"]) + ("" if math.isnan(half) else f" ± {half:.3f}")
     return "" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -40,10 +40,10 @@ def number(value: float | None, digits: int | None = None) -> str:
 def signed(value: float) -> str:
     """As `number`, with a sign in front.
 
-    >>> signed(0.52), signed(-3)
-    ('+0.520', '\u22123')
+    >>> signed(0.52), signed(-3), signed(0)
+    ('+0.520', '\u22123', '0')
     """
-    return number(value) if value < 0 else f"+{number(value)}"
+    return number(value) if value <= 0 else f"+{number(value)}"
 
 
 def duration(seconds: float) -> str:

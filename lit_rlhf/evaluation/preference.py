@@ -197,6 +197,8 @@ def _of_pairs(right: Tensor, texts: Tensor) -> Interval:
     pairs with a text in common, of the products of what each is above the mean.
     """
     mean = right.mean()
+    if len(right) == 1:
+        return Interval(float(mean), float("nan"), float("nan"))
     above, distinct = right - mean, texts.unique(return_inverse=True)
     of_text = torch.zeros(len(distinct[0])).to(right).index_add_(0, distinct[1].T.flatten(), above.repeat(2))
     variance = (of_text.square().sum() - above.square().sum()) / len(right) ** 2  # each pair stands with itself twice

@@ -40,8 +40,8 @@ def bootstrap(
 ) -> Interval:
     """An estimate of rows (N, ...) with its percentile bootstrap interval (Efron 1979, doi:10.1214/aos/1176344552).
 
-    Rows are drawn with replacement, always the same ones for a seed. No interval is narrower than what one row can
-    say: of a single row, and of rows that are all alike, both ends are the value.
+    Rows are drawn with replacement, always the same ones for a seed. Of rows that are all alike both ends are the
+    value; of a single row, or group, which says nothing of how much others differ, they are not a number.
 
     Args:
         estimate: see ``Estimate``; a row that was drawn twice has the weight 2.
@@ -62,6 +62,8 @@ def bootstrap(
     if groups is None:
         groups = torch.arange(len(rows))
     distinct, member = groups.unique(return_inverse=True)
+    if len(distinct) == 1:
+        return Interval(value, float("nan"), float("nan"))
     count, generator, found = len(distinct), torch.Generator().manual_seed(seed), []
     for start in range(0, resamples, step := max(1, _AT_ONCE // len(rows))):
         drawn = torch.randint(count, (min(step, resamples - start), count), generator=generator)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import TINY, run_here, write_module
+from markupsafe import escape
 from tiny import tiny_policy
 
 from lit_rlhf.errors import UserError
@@ -105,6 +106,27 @@ def test_any_model_is_evaluated_on_chosen_data_and_rewards(here, monkeypatch):
     assert numbers["reward/ends_in_a_vowel/pass@4"]["value"] == pytest.approx(sum(map(max, right)) / 3)
     assert numbers["objective/kl"]["value"] != 0
     assert set(found["win_rates"]["reference"]["1"]) == {"score", "gold/even"}
+
+
+def test_the_page_shows_each_prompt_once_with_its_first_completion(here):
+    evaluation("run=one", "against=[two]", "samples_per_prompt=3")
+    page = Path("out/report.html").read_text()
+    table = page[page.index("The same prompts, side by side") :].partition("</table>")[0]
+    first = [row["completion"] for row in samples() if row["policy"] == "two"][:2]
+    assert table.count("<tr>") == 1 + 2  # a head, and two prompts
+    assert all(escape(text) in table for text in first)
+
+
+def test_a_single_prompt_has_values_and_no_intervals(here):
+    found, out = evaluation("run=one", "against=[two]", "+overrides.data.prompts=[A film that]")
+    assert found["prompts"] == 1
+    [row, *_] = samples()
+    assert found["policies"]["policy"]["1"]["objective/scores"] == {"value": row["score"], "low": None, "high": None}
+    assert found["win_rates"]["two"]["1"]["score"]["plain"]["low"] is None
+    scores = next(line for line in out.splitlines() if "objective/scores" in line)
+    assert f"{row['score']:.3f}" in scores
+    assert "±" not in scores
+    assert " % (" not in Path("out/report.html").read_text()  # beside a win rate
 
 
 @pytest.fixture(scope="module")
