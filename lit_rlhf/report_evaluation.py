@@ -233,7 +233,7 @@ def _side_by_side(folder: Path, columns: Sequence[Column], prompts: int) -> list
             raise UserError(message) from None
     found = []
     for rows in list(zip(*by_column.values(), strict=False))[: min(prompts, _PROMPTS)]:
-        cells = [{"text": row["completion"], "values": _values(row)} for row in rows]
+        cells = [{"text": row["completion"].removeprefix(" "), "values": _values(row)} for row in rows]
         found.append({"prompt": rows[0]["prompt"], "cells": cells})
     return found
 
