@@ -114,7 +114,7 @@ def test_the_page_shows_each_prompt_once_with_its_first_completion(here):
     table = page[page.index("The same prompts, side by side") :].partition("</table>")[0]
     first = [row["completion"] for row in samples() if row["policy"] == "two"][:2]
     assert table.count("<tr>") == 1 + 2  # a head, and two prompts
-    assert all(escape(text) in table for text in first)
+    assert all(escape(text.removeprefix(" ")) in table for text in first)
 
 
 def test_a_single_prompt_has_values_and_no_intervals(here):
