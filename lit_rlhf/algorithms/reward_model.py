@@ -21,7 +21,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import preference_loss
 from lit_rlhf.models.policy import disable_dropout
 from lit_rlhf.models.scorer import Scorer
-from lit_rlhf.rewards.text import Scope, check_scope, texts_to_score
+from lit_rlhf.rewards.text import Scope, check_scope, tokens_to_score
 from lit_rlhf.rollout.philox import derive_seed
 
 _ROWS = 32  # texts in one forward pass
@@ -58,8 +58,8 @@ class RewardModel(OfflineAlgorithm):
         model_path: an encoder such as ``minilm``, a causal language model, or an earlier reward model; hub name, folder
             or short name. Without a head of one output it gets a new one, drawn from ``seed``.
         max_length: longer texts lose their end, in tokens.
-        on: ``text`` scores a text prompt together with what follows it, ``completion`` what follows alone; a chat
-            prompt is never part of the text. As ``reward.on`` of the reward that this model becomes.
+        on: ``text`` scores a prompt together with what follows it, a chat only where the model's tokenizer has a chat
+            template; ``completion`` what follows alone. As ``reward.on`` of the reward that this model becomes.
         margin_coef: weight of ``margin`` (Touvron et al. 2023, arXiv:2307.09288, eq. 2); 0 ignores it.
         center_coef: adds ``center_coef * mean (r_chosen + r_rejected)^2``, which keeps scores around 0 (Eisenstein et
             al. 2023, arXiv:2312.09244, eq. 2); Bradley-Terry leaves their mean free.
@@ -154,7 +154,7 @@ class RewardModel(OfflineAlgorithm):
             return self.scorer.tokenize(texts)
         if len(prompts) != len(texts):
             raise UserError(f"a batch has {len(prompts)} prompts for {len(texts)} texts in '{column}'")
-        return self.scorer.tokenize(texts_to_score(prompts, texts, self.on))
+        return tokens_to_score(self.scorer, prompts, texts, self.on)
 
     def loss(self, inputs: JudgedPairs | RatedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         return self._regression(inputs) if isinstance(inputs, RatedBatch) else self._bradley_terry(inputs)

@@ -11,7 +11,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.halving import Halving
 from lit_rlhf.models.cast import cast_layers
 from lit_rlhf.models.scorer import Scorer
-from lit_rlhf.rewards.text import Scope, check_scope, texts_to_score
+from lit_rlhf.rewards.text import Scope, check_scope, tokens_to_score
 
 
 class ModelReward:
@@ -30,8 +30,8 @@ class ModelReward:
         path: hub name or folder, e.g. the ``model`` folder of a reward-model run.
         batch_size: texts in one forward pass; where that takes more memory than there is, half as many.
         max_length: longer texts lose their end, in tokens; by default what the model was trained with.
-        on: ``text`` scores the prompt with its completion, ``completion`` the completion alone. A chat prompt is never
-            part of the text.
+        on: ``text`` scores the prompt with its completion, ``completion`` the completion alone. A chat is part of the
+            text where the model's tokenizer has a chat template, which renders it with the answer.
         positive_label: name or number of the label that is wanted; required with several labels.
         full_precision: score in fp32 in training, too, whatever ``trainer.precision``.
         trust_remote_code: run the Python code that comes with the model, which can do anything.
@@ -74,7 +74,7 @@ class ModelReward:
         self.halving = Halving()
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **_columns: Any) -> Tensor:
-        rows = self.scorer.tokenize(texts_to_score(prompts, completions, self.on))
+        rows = tokens_to_score(self.scorer, prompts, completions, self.on)
         return self.halving.run("score", self.batch_size, lambda size: self._score_all(rows, size))
 
     def _score_all(self, rows: list[list[int]], batch_size: int) -> Tensor:

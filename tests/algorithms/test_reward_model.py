@@ -70,6 +70,18 @@ def test_answers_of_chats_may_be_messages(tmp_path):
     assert torch.equal(messages.rejected_ids, texts.rejected_ids)
 
 
+def test_a_chat_stands_before_its_answer_where_the_model_has_a_template(tmp_path):
+    folder = save_classifier(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    chat = [[{"role": "user", "content": "Hi"}]]
+    batch = {"prompt": chat, "chosen": ["yes"], "rejected": ["no"]}
+    pairs = RewardModel(model_path=folder, max_length=64).collate(batch).inputs.pairs
+    texts = [tokenizer.decode(ids[0]) for ids in (pairs.chosen_ids, pairs.rejected_ids)]
+    assert [text.rstrip("\n\0") for text in texts] == ["user: Hi\nassistant: yes", "user: Hi\nassistant: no"]
+
+
 def test_margin_and_centre_enter_the_loss_with_their_coefficients(tmp_path):
     folder = save_classifier(tmp_path)
     chosen, rejected = alone(folder, CHOSEN), alone(folder, REJECTED)

@@ -41,13 +41,45 @@ def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path):
     torch.testing.assert_close(scores, alone(folder, TEXTS)[:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_on_completion_leaves_the_prompt_out_and_a_chat_is_never_in_the_text(tmp_path):
+def test_on_completion_leaves_the_prompt_out_and_without_a_template_so_does_a_chat(tmp_path):
     folder = save_classifier(tmp_path)
     reward = ModelReward(path=folder, on="completion")
     expected = alone(folder, ["good", "bad"])[:, 0]
     torch.testing.assert_close(reward(prompts=["a", "b"], completions=["good", "bad"]), expected)
     chat = [{"role": "user", "content": "how was it?"}]
     torch.testing.assert_close(ModelReward(path=folder)(prompts=[chat] * 2, completions=["good", "bad"]), expected)
+
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "how was it?"}]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def with_template(folder, template=TEMPLATE):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_chat_is_scored_as_the_models_template_renders_it_with_the_answer(tmp_path):
+    folder = with_template(save_classifier(tmp_path))
+    rendered = "<system>Be brief.<user>how was it?<assistant>good"
+    scores = ModelReward(path=folder)(prompts=[CHAT, "A "], completions=["good", "film"])
+    torch.testing.assert_close(scores, alone(folder, [rendered, "A film"])[:, 0], rtol=1e-4, atol=1e-5)
+    scores = ModelReward(path=folder, on="completion")(prompts=[CHAT], completions=["good"])
+    torch.testing.assert_close(scores, alone(folder, ["good"])[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_conversation_that_is_too_long_loses_its_beginning(tmp_path):
+    folder = with_template(save_classifier(tmp_path))
+    scores = ModelReward(path=folder, max_length=16)(prompts=[CHAT], completions=["good"])
+    torch.testing.assert_close(scores, alone(folder, [" it?<assistant>good"[-16:]])[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_template_that_refuses_a_conversation_is_named(tmp_path):
+    folder = with_template(save_classifier(tmp_path), "{{ raise_exception('no system messages') }}")
+    with pytest.raises(UserError, match=r"reward model's chat template fails on .*no system messages"):
+        ModelReward(path=folder)(prompts=[CHAT], completions=["good"])
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2"])
