@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lit_rlhf.machine import give_back_freed_memory
+
 
 def cast_dtype(precision: str, *, sharded: bool) -> torch.dtype | None:
     """What frozen models are cast to under a ``trainer.precision``; the shards of a layer have one precision."""
@@ -27,3 +29,4 @@ def cast_layers(model: PreTrainedModel, dtype: torch.dtype, *, all_weights: bool
     for parameter in model.parameters():
         if all_weights or id(parameter) not in others:
             parameter.data = parameter.data.to(dtype)
+    give_back_freed_memory()  # what is left of each weight is a hole of its own, too small for activations

@@ -1,8 +1,6 @@
 """Our side: what ``lit-rlhf train`` runs, composed from the same configs."""
 
-import ctypes
 import functools
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from lit_rlhf.config import CONFIG_DIR
 from lit_rlhf.machine import (
     best_precision,
     decode_dtype,
+    give_back_freed_memory,
     keep_freed_memory,
     peak_memory_gb,
     reset_peak_memory,
@@ -114,7 +113,7 @@ class _Wait(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
         if self.measures_update and index == 0:
-            give_back_memory()
+            give_back_freed_memory()  # so that the peak shows what is in use
             reset_peak_memory()
 
     def on_row(self, trainer: L.Trainer, module: L.LightningModule, row: dict[str, float]) -> None:
@@ -127,12 +126,6 @@ class _Wait(L.Callback):
 
 
 ppo = grpo = train
-
-
-def give_back_memory() -> None:
-    """Lets glibc give what was freed back to the system, so that a peak shows what is in use."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def rollout(settings: Settings, materials: Materials, gate: Gate) -> None:
