@@ -118,6 +118,8 @@ def folder_sums(folder: Path) -> dict[str, str]:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's bytes; None if they are those that were written, or nothing says which were."""
     path = Path(os.path.realpath(path))  # last.ckpt and best.ckpt are links; Path's own raises where they go in circles
+    if not os.path.lexists(path):
+        return f"{path.name} is missing"
     listed = path.with_name(path.name + SUMS)
     for place in (path, listed):
         # Of a pipe or a device, reading might never end.

@@ -66,7 +66,8 @@ def side_by_side(
     before: Mapping[str, Chat] | None = None,
     reward: Reward | None = None,
 ) -> list[Row]:
-    """For every prompt and sample a dict: ``prompt``, and by policy ``completions`` and, with a reward, ``scores``.
+    """For every prompt and sample a dict: ``prompt``, and by policy ``completions``, with a reward ``scores``, and in a
+    conversation the messages ``before``.
 
     Sample j of prompt i is episode (``first`` + i) * ``samples`` + j, whatever else is asked in the same call. With
     ``chat`` a text is what a user says, after the messages that ``before`` has for the policy.
@@ -81,6 +82,8 @@ def side_by_side(
         scores = None if reward is None else score(reward, asked, texts, {}).total.tolist()
         for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
             row["completions"][name] = text
+            if opening and asked[number] is not row["prompt"]:
+                row.setdefault("before", {})[name] = opening
             if scores is not None:
                 row.setdefault("scores", {})[name] = scores[number]
     return rows
@@ -110,7 +113,7 @@ def read_prompts(prompts: Any) -> list[str | Chat]:
     """
     if isinstance(prompts, ListConfig):
         listed = OmegaConf.to_container(prompts, resolve=True)
-        found = [prompt if isinstance(prompt, list) else str(prompt) for prompt in listed]
+        found = [str(prompt) if isinstance(prompt, int | float) else prompt for prompt in listed]
     else:
         path = Path(check_text("prompts", prompts))
         with opened(path, "prompts", "text") as stream:
@@ -174,6 +177,8 @@ def main(config: DictConfig) -> None:
     console = Console()
     opening = [] if system is None else [{"role": "system", "content": system}]
     if asked is not None:
+        if system is not None and (chats := [i for i, prompt in enumerate(asked) if not isinstance(prompt, str)]):
+            raise UserError(f"system={system!r:.40} stands before texts; prompts: number {chats[0] + 1} is a chat")
         rows = side_by_side(policies, asked, sampler, before=dict.fromkeys(names, opening), reward=reward, **settings)
         show(rows, console)
         save(config.output, rows)
@@ -190,7 +195,8 @@ def main(config: DictConfig) -> None:
             console.print(Text(printable(str(error)) + hint, style="red"))
             continue
         for name, answer in rows[0]["completions"].items():
-            said[name] = [*said[name], *require_chat(prompt), {"role": "assistant", "content": answer}]
+            if settings["chat"]:
+                said[name] = [*said[name], *require_chat(prompt), {"role": "assistant", "content": answer}]
         show(rows, console)
         save(config.output, rows)
 

@@ -146,7 +146,8 @@ def _stops_workers(config: DictConfig) -> bool:
 
 def _tell_workers(number: int) -> None:
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, number)
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(worker.pid, number)
 
 
 def end_workers() -> None:

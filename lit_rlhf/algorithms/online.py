@@ -29,7 +29,6 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import full_kl, kl_estimate, masked_mean, ratio_stats
 from lit_rlhf.functional.masked import zero_masked
 from lit_rlhf.kl import FixedKL, KLPenalty
-from lit_rlhf.models.cast import cast_dtype
 from lit_rlhf.models.policy import Policy, PolicyOutput, disable_dropout
 from lit_rlhf.models.reference import make_reference, require_same_reference
 from lit_rlhf.rewards.scoring import Reward, freeze
@@ -451,9 +450,9 @@ class OnlineAlgorithm(Algorithm):
             self.take_over_loader()
 
     def place_rewards(self, device: torch.device, precision: str) -> None:
-        """Freezes reward and gold on ``device``; those with a model score in half precision if training does."""
+        """Freezes reward and gold on ``device``; those with a model score in bfloat16 if training is in it."""
         for scorer in (self.reward, self.gold):
-            freeze(scorer, device, cast_dtype(precision, sharded=False))
+            freeze(scorer, device, torch.bfloat16 if precision.startswith("bf16") else None)
 
     def train_dataloader(self) -> RolloutLoader:
         if self.loader is not None and self._loader_state is None:

@@ -6,6 +6,8 @@ same result to the bit. Doing it takes as long as is gained in about 30 steps. W
 and the last bits can differ: those are multiplied by plain weights.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ AFTER = 32
 
 
 class DecodingLinear(nn.Linear):
-    """Packs its weight once it has been used often, and then keeps no plain one unless an embedding needs that, too."""
+    """Packs its weight once it has been used often, and then keeps no plain one unless another module needs that."""
 
     packed: Tensor | None = None
     tied = False
@@ -28,7 +30,8 @@ class DecodingLinear(nn.Linear):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        few = rows.numel() <= FEW * self.in_features
+        # Under autocast rows may have another type, which only a plain layer takes.
+        few = rows.numel() <= FEW * self.in_features and rows.dtype == self.weight.dtype
         self.used += few
         if few and self.used > AFTER:
             if self.packed is None:
@@ -68,11 +71,10 @@ def can_pack(weight: Tensor) -> bool:
 
 def use_decoding_layers(model: nn.Module) -> None:
     """For a model that only decodes from now on, in the same place and precision."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear and can_pack(module.weight)]
-    others = {id(p) for m in model.modules() if type(m) is not nn.Linear for p in m.parameters(recurse=False)}
-    for layer in layers:
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    for layer in [module for module in model.modules() if type(module) is nn.Linear and can_pack(module.weight)]:
         layer.__class__ = DecodingLinear
-        layer.tied = id(layer.weight) in others
+        layer.tied = owners[id(layer.weight)] > 1
 
 
 def decoding_layers(model: nn.Module) -> dict[int, list[DecodingLinear]]:

@@ -29,7 +29,8 @@ class ModelReward:
     Args:
         path: hub name or folder, e.g. the ``model`` folder of a reward-model run.
         batch_size: texts in one forward pass; where that takes more memory than there is, half as many.
-        max_length: longer texts lose their end, in tokens; by default what the model was trained with.
+        max_length: longer texts lose their end, conversations their beginning, in tokens; by default what the model was
+            trained with.
         on: ``text`` scores the prompt with its completion, ``completion`` the completion alone. A chat is part of the
             text where the model's tokenizer has a chat template, which renders it with the answer.
         positive_label: name or number of the label that is wanted; required with several labels.
@@ -69,8 +70,10 @@ class ModelReward:
         self.cast: torch.dtype | None = None
         model = self.scorer.model
         for part in model.children() if model.base_model is not model else ():
-            if part is not model.base_model:
-                _stay_in_fp32(part)
+            if part is not model.base_model and next(part.parameters(), None) is not None:
+                hooks = _FullPrecision()
+                part.register_forward_pre_hook(hooks.enter, with_kwargs=True)
+                part.register_forward_hook(hooks.leave, always_call=True)
         self.halving = Halving()
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **_columns: Any) -> Tensor:
@@ -111,15 +114,23 @@ class ModelReward:
             cast_layers(model.base_model, self.cast or torch.float32)
 
 
-def _stay_in_fp32(head: nn.Module) -> None:
-    """Lets ``head`` compute in fp32 under autocast: logits in bfloat16 have steps of 1/64 at 2, which make ties."""
-    forward = head.forward
+class _FullPrecision:
+    """Hooks that let a head compute in fp32 under autocast: logits in bfloat16 have steps of 1/64 at 2, and so ties."""
 
-    def in_fp32(hidden: Tensor, *arguments: Any, **settings: Any) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return forward(hidden.float(), *arguments, **settings)
+    def __init__(self) -> None:
+        self.contexts: list[torch.autocast] = []
 
-    head.forward = in_fp32
+    def enter(self, head: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, Any]:
+        self.contexts.append(torch.autocast(next(head.parameters()).device.type, enabled=False))
+        self.contexts[-1].__enter__()
+        return tuple(map(_in_fp32, arguments)), {name: _in_fp32(value) for name, value in settings.items()}
+
+    def leave(self, *_: Any) -> None:
+        self.contexts.pop().__exit__(None, None, None)
+
+
+def _in_fp32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _label(names: dict[int, str], wanted: str | int | None, path: str) -> int | None:

@@ -1,6 +1,6 @@
 """Which text a reward looks at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,30 +28,41 @@ def texts_to_score(prompts: Sequence[Any], completions: Sequence[str], on: Scope
 def tokens_to_score(scorer: Scorer, prompts: Sequence[Any], completions: Sequence[str], on: Scope) -> list[Tensor]:
     """The token ids of ``texts_to_score``; a chat is rendered with its answer by the scorer's template, if it has one.
 
-    A conversation that is longer than the scorer reads loses its beginning, not its answer.
+    A conversation that is longer than the scorer reads loses its beginning, but for a special token that opens it.
 
     Raises:
         UserError: the template refuses a conversation.
     """
     rows = scorer.tokenize(texts_to_score(prompts, completions, on))
-    if on == "completion" or scorer.tokenizer.chat_template is None:
+    if on == "completion" or not scorer.tokenizer.chat_template:
         return rows
     return [
-        row if isinstance(prompt, str) else _conversation(scorer, prompt, completion)
+        _conversation(scorer, prompt, completion, row) if _is_chat(prompt) else row
         for row, prompt, completion in zip(rows, prompts, completions, strict=True)
     ]
 
 
-def _conversation(scorer: Scorer, chat: Any, answer: str) -> Tensor:
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(message, Mapping) for message in prompt)
+
+
+def _conversation(scorer: Scorer, chat: list[Any], answer: str, alone: Tensor) -> Tensor:
+    """``alone``, the answer's own tokens, is what counts if the template renders nothing."""
+    tokenizer = scorer.tokenizer
     messages = [*chat, {"role": "assistant", "content": answer}]
     try:
-        text = scorer.tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # of the template, which is code of the model's, in a sandbox
         raise UserError(
             f"the reward model's chat template fails on {messages!r:.80}: {type(error).__name__}: {error}"
         ) from error
-    ids = scorer.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return torch.tensor(ids[-scorer.tokenizer.model_max_length :])
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        return alone
+    limit = tokenizer.model_max_length
+    if len(ids) > limit > 1 and ids[0] in tokenizer.all_special_ids:  # what a classifier may read its score from
+        return torch.tensor([ids[0], *ids[1 - limit :]])
+    return torch.tensor(ids[-limit:])
 
 
 def check_scope(on: str, key: str = "reward.on") -> Scope:

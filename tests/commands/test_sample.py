@@ -140,6 +140,8 @@ def test_a_conversation_remembers_what_was_said_to_and_by_each_policy(chatty, mo
         assert rows[0]["completions"][name] == (answer := completed(name, said))
         assert rows[1]["completions"][name] == completed(name, f"{said}{answer}\n<user>Why?\n<assistant>")
         assert rows[2]["completions"][name] == completed(name, "<system>Be brief.\n<user>Why?\n<assistant>")
+        assert rows[0]["before"][name] == rows[2]["before"][name] == [SYSTEM]
+        assert rows[1]["before"][name] == [SYSTEM, HELLO, {"role": "assistant", "content": answer}]
 
 
 def test_a_conversation_that_has_become_too_long_says_how_to_begin_another(chatty, monkeypatch):
@@ -161,7 +163,10 @@ def test_a_conversation_that_has_become_too_long_says_how_to_begin_another(chatt
         (["policies=[a]", "prompts=[a]", "samples_per_prompt=0"], "samples_per_prompt"),
         (["policies=[a]", "prompts=[a]", "chat=true"], "no chat template"),
         (["policies=[a]", "prompts=[[{role: user}]]"], "prompts: number 1 has a message without role and content"),
+        (["policies=[a]", "prompts=[{role: user, content: Hi}]"], "prompts: number 1 is neither a text nor"),
+        (["policies=[a]", "prompts=[null]"], "prompts: number 1 is neither a text nor a list of messages: None"),
         (["policies=[a]", "prompts=[a]", "system=x"], "set chat=true"),
+        (["policies=[a]", "prompts=[a,[{role: user, content: Hi}]]", "chat=true", "system=x"], "number 2 is a chat"),
         (["policies=[a]", "chat=true", "samples_per_prompt=2"], "samples_per_prompt=2: a conversation"),
     ],
 )

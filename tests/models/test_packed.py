@@ -49,6 +49,21 @@ def test_products_with_many_rows_pack_nothing():
     assert not packed(model)
 
 
+def test_layers_that_share_a_weight_and_rows_of_another_type_decode_on():
+    first, second = (nn.Linear(24, 24, bias=False).bfloat16().requires_grad_(False) for _ in range(2))
+    second.weight = first.weight
+    model, x = nn.Sequential(first, second), torch.randn(3, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    use_decoding_layers(model)
+    for _ in range(AFTER + 2):
+        model(x.bfloat16())
+    assert len(packed(model)) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x.bfloat16()), expected)
+
+
 @pytest.mark.parametrize("lora", [None, LORA])
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("gpt_neox", False), ("gpt2", True)])
 def test_completions_are_those_of_plain_layers_in_every_rollout(family, tied, lora):

@@ -1,6 +1,8 @@
 """ModelReward gives each text the score that the classifier gives it alone."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -74,6 +76,22 @@ def test_a_conversation_that_is_too_long_loses_its_beginning(tmp_path):
     folder = with_template(save_classifier(tmp_path))
     scores = ModelReward(path=folder, max_length=16)(prompts=[CHAT], completions=["good"])
     torch.testing.assert_close(scores, alone(folder, [" it?<assistant>good"[-16:]])[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_special_token_that_opens_a_long_conversation_stays(tmp_path):
+    folder = save_classifier(tmp_path)
+    opening = AutoTokenizer.from_pretrained(folder).eos_token
+    with_template(folder, "{{ eos_token }}" + TEMPLATE)
+    scores = ModelReward(path=folder, max_length=16)(prompts=[CHAT], completions=["good"])
+    expected = alone(folder, [opening + " it?<assistant>good"[-15:]])[:, 0]
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("template", ["", "{% for m in messages if m.role == 'tool' %}x{% endfor %}"])
+def test_the_answer_alone_is_scored_where_a_template_renders_nothing_or_there_is_no_chat(tmp_path, template):
+    folder = with_template(save_classifier(tmp_path), template)
+    scores = ModelReward(path=folder)(prompts=[CHAT, None], completions=["good", "bad"])
+    torch.testing.assert_close(scores, alone(folder, ["good", "bad"])[:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_template_that_refuses_a_conversation_is_named(tmp_path):
@@ -150,6 +168,18 @@ def test_in_bfloat16_a_score_is_near_that_in_fp32_and_its_head_is_in_fp32(tmp_pa
     freeze(reward, "cpu")
     torch.testing.assert_close(reward(prompts=PROMPTS, completions=COMPLETIONS), exact, **near)
     assert {p.dtype for p in reward.scorer.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda reward: pickle.loads(pickle.dumps(reward))])
+def test_a_copy_has_a_head_of_its_own(tmp_path, duplicate):
+    reward = ModelReward(path=save_classifier(tmp_path))
+    exact = reward(prompts=PROMPTS, completions=COMPLETIONS)
+    other = duplicate(reward)
+    assert torch.equal(other(prompts=PROMPTS, completions=COMPLETIONS), exact)
+    for parameter in other.scorer.model.classifier.parameters():
+        parameter.zero_()
+    assert other(prompts=PROMPTS, completions=COMPLETIONS).tolist() == [0.0] * 4
+    assert torch.equal(reward(prompts=PROMPTS, completions=COMPLETIONS), exact)
 
 
 def test_full_precision_keeps_every_bit(tmp_path):
