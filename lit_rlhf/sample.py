@@ -169,6 +169,8 @@ def main(config: DictConfig) -> None:
         )
     quiet()
     asked = None if config.prompts is None else read_prompts(config.prompts)
+    if system is not None and (chats := [i for i, prompt in enumerate(asked or []) if not isinstance(prompt, str)]):
+        raise UserError(f"system={system!r:.40} stands before texts; prompts: number {chats[0] + 1} is a chat")
     sampler = instantiate(config.sampler, "sampler")
     reward = instantiate(config.get("reward"), "reward")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,8 +179,6 @@ def main(config: DictConfig) -> None:
     console = Console()
     opening = [] if system is None else [{"role": "system", "content": system}]
     if asked is not None:
-        if system is not None and (chats := [i for i, prompt in enumerate(asked) if not isinstance(prompt, str)]):
-            raise UserError(f"system={system!r:.40} stands before texts; prompts: number {chats[0] + 1} is a chat")
         rows = side_by_side(policies, asked, sampler, before=dict.fromkeys(names, opening), reward=reward, **settings)
         show(rows, console)
         save(config.output, rows)
@@ -194,8 +194,8 @@ def main(config: DictConfig) -> None:
             hint = f"\n{_NEW} begins a new conversation" if settings["chat"] else ""
             console.print(Text(printable(str(error)) + hint, style="red"))
             continue
-        for name, answer in rows[0]["completions"].items():
-            if settings["chat"]:
+        if settings["chat"]:
+            for name, answer in rows[0]["completions"].items():
                 said[name] = [*said[name], *require_chat(prompt), {"role": "assistant", "content": answer}]
         show(rows, console)
         save(config.output, rows)

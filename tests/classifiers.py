@@ -18,14 +18,18 @@ SHAPES = {
 }  # fmt: skip
 
 
-def save_classifier(folder, model_type="bert", *, labels=1, names=None, pad=True, spread=0.3, head=True, seed=0):
+def save_classifier(
+    folder, model_type="bert", *, labels=1, names=None, pad=True, spread=0.3, head=True, seed=0, template=None
+):
     """Saves a random classifier and a byte tokenizer; returns the folder as a str.
 
-    ``pad=False`` leaves out the pad token; ``head=False`` saves the backbone alone.
+    ``pad=False`` leaves out the pad token; ``head=False`` saves the backbone alone; ``template`` is the
+    tokenizer's for chats.
     """
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     tokenizer.padding_side = "right"
+    tokenizer.chat_template = template
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if names is not None:
         ids["id2label"] = dict(enumerate(names))

@@ -185,11 +185,20 @@ def render(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
             "the prompts of data are chats, but the tokenizer of policy has no chat template; use prompts that are "
             "texts, or a policy that was made for chats"
         )
+    return render_chat(prompt, tokenizer, "policy", add_generation_prompt=True)
+
+
+def render_chat(chat: list[Any], tokenizer: PreTrainedTokenizerBase, owner: str, **settings: Any) -> str:
+    """A chat as the template of ``owner``, "policy" or "reward model", writes it; ``settings`` are the template's.
+
+    Raises:
+        UserError: the template refuses it.
+    """
     try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(chat, tokenize=False, **settings)
     except Exception as error:  # of the template, which is code of the model's, in a sandbox
         raise UserError(
-            f"the policy's chat template fails on {_short(prompt)}: {type(error).__name__}: {error}"
+            f"the {owner}'s chat template fails on {_short(chat)}: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_rlhf.data.tokenize import render_chat
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.scorer import Scorer
 
@@ -50,12 +51,7 @@ def _conversation(scorer: Scorer, chat: list[Any], answer: str, alone: Tensor) -
     """``alone``, the answer's own tokens, is what counts if the template renders nothing."""
     tokenizer = scorer.tokenizer
     messages = [*chat, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # of the template, which is code of the model's, in a sandbox
-        raise UserError(
-            f"the reward model's chat template fails on {messages!r:.80}: {type(error).__name__}: {error}"
-        ) from error
+    text = render_chat(messages, tokenizer, "reward model")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         return alone

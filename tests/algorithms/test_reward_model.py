@@ -71,10 +71,8 @@ def test_answers_of_chats_may_be_messages(tmp_path):
 
 
 def test_a_chat_stands_before_its_answer_where_the_model_has_a_template(tmp_path):
-    folder = save_classifier(tmp_path)
+    folder = save_classifier(tmp_path, template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    tokenizer.save_pretrained(folder)
     chat = [[{"role": "user", "content": "Hi"}]]
     batch = {"prompt": chat, "chosen": ["yes"], "rejected": ["no"]}
     pairs = RewardModel(model_path=folder, max_length=64).collate(batch).inputs.pairs

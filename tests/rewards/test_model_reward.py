@@ -56,15 +56,8 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
-def with_template(folder, template=TEMPLATE):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_a_chat_is_scored_as_the_models_template_renders_it_with_the_answer(tmp_path):
-    folder = with_template(save_classifier(tmp_path))
+    folder = save_classifier(tmp_path, template=TEMPLATE)
     rendered = "<system>Be brief.<user>how was it?<assistant>good"
     scores = ModelReward(path=folder)(prompts=[CHAT, "A "], completions=["good", "film"])
     torch.testing.assert_close(scores, alone(folder, [rendered, "A film"])[:, 0], rtol=1e-4, atol=1e-5)
@@ -73,15 +66,14 @@ def test_a_chat_is_scored_as_the_models_template_renders_it_with_the_answer(tmp_
 
 
 def test_a_conversation_that_is_too_long_loses_its_beginning(tmp_path):
-    folder = with_template(save_classifier(tmp_path))
+    folder = save_classifier(tmp_path, template=TEMPLATE)
     scores = ModelReward(path=folder, max_length=16)(prompts=[CHAT], completions=["good"])
     torch.testing.assert_close(scores, alone(folder, [" it?<assistant>good"[-16:]])[:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_special_token_that_opens_a_long_conversation_stays(tmp_path):
-    folder = save_classifier(tmp_path)
+    folder = save_classifier(tmp_path, template="{{ eos_token }}" + TEMPLATE)
     opening = AutoTokenizer.from_pretrained(folder).eos_token
-    with_template(folder, "{{ eos_token }}" + TEMPLATE)
     scores = ModelReward(path=folder, max_length=16)(prompts=[CHAT], completions=["good"])
     expected = alone(folder, [opening + " it?<assistant>good"[-15:]])[:, 0]
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
@@ -89,13 +81,13 @@ def test_a_special_token_that_opens_a_long_conversation_stays(tmp_path):
 
 @pytest.mark.parametrize("template", ["", "{% for m in messages if m.role == 'tool' %}x{% endfor %}"])
 def test_the_answer_alone_is_scored_where_a_template_renders_nothing_or_there_is_no_chat(tmp_path, template):
-    folder = with_template(save_classifier(tmp_path), template)
+    folder = save_classifier(tmp_path, template=template)
     scores = ModelReward(path=folder)(prompts=[CHAT, None], completions=["good", "bad"])
     torch.testing.assert_close(scores, alone(folder, ["good", "bad"])[:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_template_that_refuses_a_conversation_is_named(tmp_path):
-    folder = with_template(save_classifier(tmp_path), "{{ raise_exception('no system messages') }}")
+    folder = save_classifier(tmp_path, template="{{ raise_exception('no system messages') }}")
     with pytest.raises(UserError, match=r"reward model's chat template fails on .*no system messages"):
         ModelReward(path=folder)(prompts=[CHAT], completions=["good"])
 
