@@ -38,12 +38,6 @@ def keep_freed_memory() -> None:
         libc.free(ctypes.c_void_p(block))
 
 
-def give_back_freed_memory() -> None:
-    """Returns what was freed to the system, holes between blocks too; for what nothing large will ever fit in."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def memory_size() -> int:
     """Bytes of memory that the machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lit_rlhf.checks import check_bool, check_int, check_text
 from lit_rlhf.errors import UserError
 from lit_rlhf.halving import Halving
-from lit_rlhf.models.cast import cast_layers
+from lit_rlhf.models.cast import cast_layers, leave_file
 from lit_rlhf.models.scorer import Scorer
 from lit_rlhf.rewards.text import Scope, check_scope, tokens_to_score
 
@@ -112,6 +112,8 @@ class ModelReward:
         self.cast = None if self.full_precision or model.base_model is model else cast
         if model.base_model is not model:
             cast_layers(model.base_model, self.cast or torch.float32)
+        if self.cast is not None:
+            leave_file(model)
 
 
 class _FullPrecision:

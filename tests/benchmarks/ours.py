@@ -1,6 +1,8 @@
 """Our side: what ``lit-rlhf train`` runs, composed from the same configs."""
 
+import ctypes
 import functools
+import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from lit_rlhf.batch import PromptBatch
 from lit_rlhf.config import CONFIG_DIR
-from lit_rlhf.machine import (
-    best_precision,
-    decode_dtype,
-    give_back_freed_memory,
-    keep_freed_memory,
-    peak_memory_gb,
-    reset_peak_memory,
-)
+from lit_rlhf.machine import best_precision, decode_dtype, keep_freed_memory, peak_memory_gb, reset_peak_memory
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.overrides import replace_parts
 from lit_rlhf.rollout.sampler import Sampler
@@ -113,7 +108,7 @@ class _Wait(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
         if self.measures_update and index == 0:
-            give_back_freed_memory()  # so that the peak shows what is in use
+            give_back_freed_memory()
             reset_peak_memory()
 
     def on_row(self, trainer: L.Trainer, module: L.LightningModule, row: dict[str, float]) -> None:
@@ -126,6 +121,12 @@ class _Wait(L.Callback):
 
 
 ppo = grpo = train
+
+
+def give_back_freed_memory() -> None:
+    """Lets glibc give what was freed back to the system, so that a peak shows what is in use."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def rollout(settings: Settings, materials: Materials, gate: Gate) -> None:

@@ -1,31 +1,22 @@
-"""Frozen models in half precision take half the memory, of the process too."""
+"""A reward model in half precision leaves nothing of its file in memory."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
-
-from lit_rlhf.machine import resident_memory_gb
-
-PROGRAM = """
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from lit_rlhf.machine import keep_freed_memory, resident_memory_gb
-from lit_rlhf.models.cast import cast_layers
+from classifiers import save_classifier
 
-keep_freed_memory()
-config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
-model = LlamaForCausalLM(config)
-layers = sum(p.nbytes for p in model.model.layers.parameters() if p.ndim == 2)
-before = resident_memory_gb()
-cast_layers(model, torch.bfloat16)
-print(layers / 1e9, before, resident_memory_gb())
-"""
+from lit_rlhf.rewards.model import ModelReward
+
+MAPS = Path("/proc/self/maps")
 
 
-@pytest.mark.skipif(not resident_memory_gb(), reason="the system does not say how much memory a process holds")
-def test_what_casting_frees_goes_back_to_the_system():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    layers, before, after = map(float, done.stdout.split())
-    assert layers > 0.25
-    assert after < before - 0.4 * layers
+@pytest.mark.skipif(not MAPS.exists(), reason="the system does not say which files a process has in memory")
+def test_the_file_of_a_reward_model_is_not_in_memory_once_its_weights_are_cast(tmp_path):
+    folder = save_classifier(tmp_path)
+    reward = ModelReward(path=folder)
+    scores = reward(["a b"], ["c"])
+    assert str(tmp_path) in MAPS.read_text()
+    reward.place("cpu", torch.bfloat16)
+    assert str(tmp_path) not in MAPS.read_text()
+    torch.testing.assert_close(reward(["a b"], ["c"]), scores, rtol=0, atol=0.05)
