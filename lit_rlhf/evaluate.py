@@ -14,7 +14,7 @@ from lit_rlhf.config import CONFIG_DIR, command, instantiate, read_config, refus
 from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.bench import POLICY, REFERENCE, Bench, Measured, Subject, contestants, names_of, prefer
 from lit_rlhf.evaluation.held_out import measure_pairs
-from lit_rlhf.evaluation.policies import ENDING, exported, policy_config, require_policy, run_of
+from lit_rlhf.evaluation.policies import ENDING, exported, named_by, policy_config, require_policy, run_of
 from lit_rlhf.evaluation.summary import Rows, differences, judged_rate, win_rates
 from lit_rlhf.imports import find
 from lit_rlhf.overrides import quote
@@ -69,8 +69,11 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         raise UserError(f"paths.output_dir={output} holds a run, whose files an evaluation would change")
     subject = find_subject(config, output)
     names = names_of(config, subject)
-    for name in [*config.against, *([] if config.reference is None else [config.reference])]:
-        require_policy(str(name))  # before others are measured for hours
+    for key, others in (("against", config.against), ("reference", [config.reference])):
+        for name in others:
+            if name is not None:
+                with named_by(key):
+                    require_policy(str(name))  # before others are measured for hours
     judge = instantiate(config.get("judge"), "judge")
     if judge is not None and (len(names) < 2 or "completions" not in subject.measures):
         raise UserError("judge: there are no two policies whose completions it could compare; name one in against")

@@ -19,7 +19,7 @@ from lit_rlhf.data.prompts import as_lines, prompt_problem
 from lit_rlhf.data.text_files import opened, read_jsonl
 from lit_rlhf.data.tokenize import tokenize_prompts
 from lit_rlhf.errors import UserError, printable
-from lit_rlhf.evaluation.policies import load_policy
+from lit_rlhf.evaluation.policies import load_policy, named_by
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rewards.scoring import Reward, freeze, score
@@ -175,7 +175,8 @@ def main(config: DictConfig) -> None:
     reward = instantiate(config.get("reward"), "reward")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     freeze(reward, device)
-    policies = {name: load_policy(name).to(device) for name in names}
+    with named_by("policies"):
+        policies = {name: load_policy(name).to(device) for name in names}
     console = Console()
     opening = [] if system is None else [{"role": "system", "content": system}]
     if asked is not None:

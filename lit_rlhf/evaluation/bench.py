@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lit_rlhf.config import instantiate
 from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.held_out import documents, measure_texts
-from lit_rlhf.evaluation.policies import load_policy, load_weights
+from lit_rlhf.evaluation.policies import load_policy, load_weights, named_by
 from lit_rlhf.evaluation.summary import Rows, summarize, verified
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, make_reference, require_same_reference
@@ -82,7 +82,8 @@ def contestants(config: DictConfig, subject: Subject, bench: "Bench") -> Iterato
         stored = read_checkpoint(subject.checkpoint)
         bench.restore(stored["lit_rlhf"])  # before anybody is measured
     if config.reference is not None:
-        reference = load_policy(str(config.reference))
+        with named_by("reference"):
+            reference = load_policy(str(config.reference))
         bench.measured_to(reference)
         yield REFERENCE, reference
         del reference
@@ -94,7 +95,9 @@ def contestants(config: DictConfig, subject: Subject, bench: "Bench") -> Iterato
         load_weights(policy, subject.checkpoint, stored)
     yield POLICY, policy
     for other in map(str, config.against):
-        yield other, load_policy(other)
+        with named_by("against"):
+            policy = load_policy(other)
+        yield other, policy
 
 
 class _Keep(L.Callback):

@@ -1,5 +1,7 @@
 """A policy by whatever names it: a run folder, a checkpoint, a model folder, a short name or a hub name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,15 @@ ENDING = ".ckpt"
 _LOADERS = ("lit_rlhf.models.Policy.from_pretrained", "lit_rlhf.models.Policy.from_config")
 
 
+@contextmanager
+def named_by(key: str) -> Iterator[None]:
+    """Lets an error of loading a policy name the config key that the policy was named by."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("policy.path=", f"{key}=")) from error
+
+
 def load_policy(name: str) -> Policy:
     """The policy that ``name`` stands for, in evaluation mode.
 
@@ -34,7 +45,7 @@ def load_policy(name: str) -> Policy:
     if _exports_nothing_yet(path):
         path = newest_good(path / "checkpoints")[0]
         if path is None:
-            raise UserError(f"{name} has neither a model nor a checkpoint yet")
+            raise UserError(f"policy.path={name} has neither a model nor a checkpoint yet")
     if path.suffix == ENDING and path.exists():
         return _of_checkpoint(path).eval()
     return Policy.from_pretrained(path=str(exported(name))).eval()
@@ -45,7 +56,7 @@ def require_policy(name: str) -> None:
     path = Path(name)
     if path.suffix == ENDING or _exports_nothing_yet(path):
         if not path.exists():
-            raise UserError(f"there is no checkpoint {name}")
+            raise UserError(f"policy.path={name}: there is no such checkpoint")
         return
     folder = resolve_model(str(exported(name)))
     if (Path(folder) / "adapter_config.json").exists():

@@ -159,7 +159,7 @@ def test_a_conversation_that_has_become_too_long_says_how_to_begin_another(chatt
         (["policies=[a]", "prompts=[]"], "prompts=[] must be a list of at least one"),
         (["policies=[a]", "prompts=nowhere.txt"], "nowhere.txt"),
         (["policies=[a]", "prompts=[' ']"], "prompts: number 1 is empty"),
-        (["policies=[nowhere]", "prompts=[a]"], "nowhere"),
+        (["policies=[nowhere]", "prompts=[a]"], "policies=nowhere"),
         (["policies=[a]", "prompts=[a]", "samples_per_prompt=0"], "samples_per_prompt"),
         (["policies=[a]", "prompts=[a]", "chat=true"], "no chat template"),
         (["policies=[a]", "prompts=[[{role: user}]]"], "prompts: number 1 has a message without role and content"),
