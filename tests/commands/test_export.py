@@ -81,6 +81,22 @@ def test_an_adapter_alone_is_the_same_model_in_peft():
     assert "library_name: peft" in Path("adapter/README.md").read_text()
 
 
+def test_an_adapter_alone_is_sampled_and_evaluated_like_the_whole_model():
+    exported("run=lora", "output=alone", "adapter=true")
+    prompts = ["data=list", "data.prompts=[a,b,c]", "reward=length", "sampler=default", "sampler.max_new_tokens=4"]
+    result = run_here("eval", "policy=alone", "against=[lora/model]", *prompts, "paths.output_dir=adapter_evaluated")
+    assert result.code == 0, result.err
+    rows = [json.loads(line) for line in Path("adapter_evaluated/samples.jsonl").read_text().splitlines()]
+    texts = {name: [row["completion"] for row in rows if row["policy"] == name] for name in ("policy", "lora/model")}
+    assert texts["policy"] == texts["lora/model"]
+    assert len(texts["policy"]) == 3
+    asked = ["prompts=[a]", "sampler.max_new_tokens=4", "output=s.jsonl"]
+    result = run_here("sample", "policies=[alone,lora/model]", *asked)
+    assert result.code == 0, result.err
+    completions = json.loads(Path("s.jsonl").read_text())["completions"]
+    assert completions["alone"] == completions["lora/model"]
+
+
 def test_a_checkpoint_is_exported_merged():
     exported("run=lora", "output=of_checkpoint", "checkpoint=last")
     both = [logits(AutoModelForCausalLM.from_pretrained(name)) for name in ("of_checkpoint", "lora/model")]
