@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
@@ -24,9 +25,12 @@ class Answer(NamedTuple):
 
 
 class Server:
-    """Answers POST by ``answer(body)``: a JSON value or an Answer. Keeps the requests and how many ran at once."""
+    """Answers POST by ``answer(body)``: a JSON value or an Answer. Keeps the requests and how many ran at once.
 
-    def __init__(self, answer: Callable[[Any], Any]):
+    Port 0 is any that is free.
+    """
+
+    def __init__(self, answer: Callable[[Any], Any], port: int = 0):
         self.requests: list[Request] = []
         self.peak = 0
         self.sent = 0  # bytes of bodies
@@ -51,8 +55,13 @@ class Server:
             def handle_error(self, *args):  # a client that hangs up is what some tests are about
                 pass
 
-        self._server = Quiet(("127.0.0.1", 0), Handler)
+        self._server = Quiet(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def serve_forever(self):
+        """Until Ctrl-C."""
+        with suppress(KeyboardInterrupt):
+            self._server.serve_forever()
 
     def __enter__(self):
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

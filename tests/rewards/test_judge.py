@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from local_server import Server
+from classifiers import save_classifier
 from tiny import tiny_model
 
 from lit_rlhf.errors import UserError
@@ -19,6 +19,8 @@ from lit_rlhf.models.sources import resolve_model
 from lit_rlhf.rewards import CompositeReward, JudgeComparison, JudgeReward, LengthReward
 from lit_rlhf.rewards.judge import quote, read_score, read_verdict
 from lit_rlhf.rewards.scoring import required_columns, score
+from tests.local_server import Server
+from tests.relevance_judge import RelevanceJudge
 
 RUBRIC = "Is it {short} and true?"
 
@@ -263,3 +265,14 @@ def test_smollm2_gives_scores_and_verdicts(tmp_path):
     assert all(0 <= x <= 1 for x in scores["judge"] + verdicts["judge_comparison"])
     assert min(scores["unreadable"]) < 1
     assert min(verdicts["unreadable"]) < 1
+
+
+def test_the_relevance_judge_prefers_what_is_near_the_question(tmp_path):
+    judged = RelevanceJudge(save_classifier(tmp_path, head=False))
+    with Server(judged) as server:
+        found, _ = ask(judge(server), ["a film", "0123456789" * 4], prompts=["a film", "a film"])
+        assert found["judge"][0] == 1  # (10 - 1) / 9: the same text
+        assert found["judge"][1] == pytest.approx(max(0, judged.similarity("a film", "0123456789" * 4)), abs=1e-3)
+        assert found["judge"][1] < 0.99
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "Hello?"}]})
+    assert answer.status_code == 400
