@@ -218,6 +218,9 @@ def train_here(config: DictConfig | dict[str, Any]) -> None:
     run = build(config)
     # Lightning's own handlers would end the run in the middle of a validation, and with the exit code 0.
     run.trainer._signal_connector.register_signal_handlers = lambda: None
+    if run.trainer.world_size == 1:
+        # It starts no process, but notes this one's rank in the environment, which the next run would take for its own.
+        run.trainer.strategy._launcher = None
     stops = any(isinstance(callback, Checkpoints) for callback in run.trainer.callbacks)
     with listening() if stops else not_listening():  # without Checkpoints, signals do what they always do
         _train(run, config, start)

@@ -19,6 +19,7 @@ from command_line import TINY, environment, run_here
 from filelock import FileLock
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -187,6 +188,24 @@ def test_the_command_starts_the_processes_and_one_of_them_writes_the_run_folder(
     again = [*shared, *other, f"paths.output_dir={tmp_path}/two", "ckpt_path=auto"]
     with pytest.raises(UserError, match=r"ckpt_path=.*step=0.* is a .* checkpoint, and this run.s trainer"):
         train(compose_stage(again))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_of_its_own_takes_the_steps_of_a_run_without_any_and_leaves_no_trace_of_its_rank(
+    tmp_path, kind, monkeypatch
+):
+    """The rank would tell the next run here, of a multirun or pipeline, that it had been started as one of several."""
+    names = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    shared = [*TINY, "critic=separate", "reward._target_=processes.letters", "trainer.max_epochs=2"]
+    for name, trainer in (("none", "cpu"), ("one", kind)):
+        own = [f"trainer={trainer}", "trainer.devices=1", f"paths.output_dir={tmp_path}/{name}"]
+        train(compose_stage([*shared, *own]))
+    none, one = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("none", "one"))
+    assert none.keys() == one.keys()
+    assert all(torch.equal(x, one[name]) for name, x in none.items())
+    assert not any(name in os.environ for name in names)
 
 
 def test_every_job_of_a_multirun_starts_processes_of_its_own(tmp_path):

@@ -320,9 +320,12 @@ class Algorithm(L.LightningModule):
                 "gradients and optimiser states as ZeRO-3 does"
             )
         write_to_files(self.trainer.strategy)
-        if self.leaves_weights_out and isinstance(self.trainer.strategy, DDPStrategy):
-            self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True  # else it waits for their gradients
         strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            if self.leaves_weights_out:
+                strategy._ddp_kwargs["find_unused_parameters"] = True  # else it waits for their gradients
+            if strategy.world_size == 1:  # nothing to average; and its wrapper allows a step only one backward pass
+                strategy.configure_ddp = lambda: None
         sharded = isinstance(strategy, FSDP2Strategy)
         use_half_weights(strategy, sharded=sharded)
         if self.reference is not None:
