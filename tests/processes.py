@@ -237,6 +237,12 @@ def run_all(folder, model):
 
 
 
+def run_part(folder, kind, saved, checkpoint=None):
+    """``RUNS["full"]`` in as many processes as there are, from ``checkpoint``; from its start, with checkpoints."""
+    strategy = FSDP2Strategy() if kind == "fsdp2" else "ddp"
+    devices, every = int(os.environ["WORLD_SIZE"]), None if checkpoint else 3
+    run(folder, "full", strategy=strategy, devices=devices, saved=saved, every=every, ckpt_path=checkpoint)
+
 
 def broken_in_the_second(prompts, completions, **columns):
     if rank() == 1:

@@ -159,12 +159,19 @@ def test_a_run_asks_it_for_its_checkpoint(tmp_path, monkeypatch):
         train(compose_stage([*TINY, "ckpt_path=auto", f"paths.output_dir={tmp_path}"]))
 
 
-def test_one_process_continues_what_two_began(folder):
-    checkpoint = folder / "ddp_full_checkpoints" / "step=9.ckpt"
-    processes.run(folder, "full", saved="continued", ckpt_path=checkpoint)
-    continued, one = result(folder, "continued"), result(folder, "full")
+@pytest.mark.parametrize(("kind", "began", "count"), [("ddp", 1, 2), ("ddp", 2, 1), ("fsdp2", 1, 2), ("fsdp2", 2, 1)])
+def test_a_run_continues_with_another_number_of_processes(folder, kind, began, count):
+    """In the middle of the last iteration: with the rest of its buffer, and a sharded checkpoint dealt out anew."""
+    if began == 1:
+        run_in_processes(processes.run_part, 1, folder, kind, f"{kind}_alone")
+    checkpoint = folder / f"{kind}_{'alone' if began == 1 else 'full'}_checkpoints" / "step=9.ckpt"
+    run_in_processes(processes.run_part, count, folder, kind, f"{kind}_on_{count}", checkpoint)
+    continued, one = result(folder, f"{kind}_on_{count}", count - 1), result(folder, "full")
     assert_close(continued["weights"], one["weights"], atol=2e-6, rtol=1e-5)
     assert texts(continued) == texts(one)[-len(continued["samples"]) :]
+    (row,) = continued["rows"]
+    for metric in row.keys() - {*COUNTS}:
+        assert row[metric] == pytest.approx(one["rows"][-1][metric], rel=2e-3, abs=1e-5), metric
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -183,7 +183,7 @@ class Algorithm(L.LightningModule):
         # While a scale is being found, overflow is part of the method.
         counts = scaler is None or scaler.get_scale() <= 1
         if self.guard.check(self._gradient_norm, self.trainer.global_step + 1, counts=counts):
-            self.step_means.add({"optim/grad_norm": norm}, 1.0)
+            self.step_means.add({"optim/grad_norm": norm}, 1 / world_size())  # all know it: together they count once
             self.means.take(self.step_means)
             return
         self.forget_step()
