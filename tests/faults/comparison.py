@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lit_rlhf.distributed import SHARDED_META
+from lit_rlhf.sharded_reader import load_shards
 from tests.wandb_file import WandbFile, records
 
 
@@ -59,6 +61,12 @@ def _metrics(path: Path) -> list[dict[str, str]]:
 
 def _checkpoint(link: Path) -> dict[str, Any]:
     """What it holds, and the name that the link leads to; nothing if there is none."""
+    if link.is_dir():
+        shards: dict[str, Any] = {}
+        load_shards(shards, link.resolve(), whole=True)
+        optimizers = [shards[name] for name in sorted(shards) if name.startswith("optimizer_")]
+        rest = torch.load(link / SHARDED_META, weights_only=True)
+        return {**rest, "name": link.resolve().name, "state_dict": shards["state_dict"], "optimizer_states": optimizers}
     return {"name": link.resolve().name, **torch.load(link, weights_only=True)} if link.exists() else {}
 
 

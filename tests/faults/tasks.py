@@ -55,6 +55,11 @@ JOINS: dict[str, tuple[str, list[str], Callable[[Path], bool]]] = {
         "ppo", ["trainer=ddp", "trainer.devices=2", "+callbacks.struck._target_=tests.faults.parts.Struck"],
         _above_0("time/gather"),
     ),
+    "two_shards": (
+        "grpo",
+        ["trainer=fsdp2", "trainer.devices=2", "+callbacks.struck._target_=tests.faults.parts.Struck"],
+        lambda run: (run / "checkpoints" / "last.ckpt").is_dir(),
+    ),
 }  # fmt: skip
 
 
@@ -64,7 +69,7 @@ def joins() -> list[str]:
 
 def is_several(task: str) -> bool:
     """Whether a task's run has several processes."""
-    return task.endswith("+two")
+    return "+two" in task
 
 
 def is_meant(task: str, run: Path) -> bool:
