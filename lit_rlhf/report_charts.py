@@ -1,5 +1,6 @@
 """The charts of one run: matplotlib, drawn as SVG that takes its colours from the page, or as PNG."""
 
+import functools
 import io
 import math
 import re
@@ -68,7 +69,7 @@ def _draw_curves(axes: Axes, series: Sequence[Series], x_label: str, colours: di
 
 def frame(axes: Axes, x: Sequence[float], x_label: str) -> None:
     """The grid, ticks and limits that charts share; `x` is what they show along the x axis."""
-    axes.grid(axis="y")
+    axes.grid(True, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.ticklabel_format(useOffset=False, scilimits=(-3, 4))
@@ -107,11 +108,22 @@ def _labels(axis: Axis, limits: tuple[float, float]) -> tuple[list[str], float]:
 def curves(series: Sequence[Series], *, x_label: str, label: str, small: bool = False) -> Markup:
     """One panel of curves as inline SVG; `label` is its text for screen readers."""
     with matplotlib.rc_context(style(SVG, 7.5)):
-        figure = Figure(figsize=(2.3, 1.35) if small else (3.0, 1.85))
-        axes = figure.subplots()
-        _draw_curves(axes, series, x_label, SVG)
-        fit(axes)
-        return as_svg(figure, label)
+        axes = _empty_panel(small)
+        try:
+            _draw_curves(axes, series, x_label, SVG)
+            fit(axes)
+            return as_svg(axes.figure, label)
+        finally:
+            for line in list(axes.lines):
+                line.remove()
+            axes.relim()
+            axes.set_ylim(-0.062, 0.062, auto=True)  # what new axes show of values that are not finite
+
+
+@functools.cache
+def _empty_panel(small: bool) -> Axes:
+    """Axes that all panels of a size share, one after another: making their ticks takes longer than drawing them."""
+    return Figure(figsize=(2.3, 1.35) if small else (3.0, 1.85)).subplots()
 
 
 def histogram(before: Sequence[float], after: Sequence[float], *, label: str) -> Markup:
