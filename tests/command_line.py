@@ -9,8 +9,10 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from hydra._internal.hydra import Hydra
 
 from lit_rlhf import cli
 from lit_rlhf.models.sources import RATING_KINDS, RATING_STEMS
@@ -35,15 +37,17 @@ class Result:
 def run_here(*arguments: str | Path, module: str | None = None) -> Result:
     """``lit-rlhf ARGUMENTS`` in this process: the same entry point, without the seconds of importing torch.
 
-    With ``module``, as ``python -m MODULE ARGUMENTS``.
+    With ``module``, as ``python -m MODULE ARGUMENTS``. Hydra composes every config twice, the first time only to see
+    whether it sets ``hydra.mode``; none of conf/ does (``test_no_config_sets_hydras_mode``), so here it does so once.
     """
+    no_mode = patch.object(Hydra, "get_mode", lambda *_, **__: None)
     out, err = io.StringIO(), io.StringIO()
     root, old_argv, precision = logging.getLogger(), sys.argv, torch.get_float32_matmul_precision()
     own = logging.getLogger("lit_rlhf")
     handlers, level, own_level = root.handlers[:], root.level, own.level
     sys.argv = ["lit-rlhf", *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(), no_mode:
             if module is None:
                 cli.main()
             else:

@@ -1,5 +1,6 @@
 """One thread, no hub, no W&B server; a quiet trainer."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: without this, every full collection, as at the end of a run, goes through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

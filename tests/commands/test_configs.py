@@ -68,6 +68,15 @@ def test_every_member_composes_into_a_training_run(member):
         assert target is None or plain[group]["_target_"] == target
 
 
+def test_no_config_sets_hydras_mode():
+    """So that ``run_here`` needs not ask for it."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        for command in ("train", "pipeline", "eval", "sample", "estimate"):
+            assert compose(command, return_hydra_config=True).hydra.mode is None
+    for path in CONFIG_DIR.glob("**/*.yaml"):
+        assert not re.search(r"\bmode: *(RUN|MULTIRUN)", path.read_text()), path
+
+
 @pytest.mark.parametrize("member", [m for m in MEMBERS if m.startswith("reward/")])
 def test_every_reward_can_be_the_gold_judge(member):
     target = (yaml.safe_load((CONFIG_DIR / f"{member}.yaml").read_text()) or {}).get("_target_")
