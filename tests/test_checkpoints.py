@@ -73,7 +73,7 @@ def test_checkpoints_come_within_an_epoch_and_at_its_end_and_the_newest_stay(tra
     assert not any(map(damage, written(tmp_path / "c")))
 
 
-def test_rows_and_samples_are_on_the_disk_before_the_checkpoint_that_counts_on_them(trainer, tmp_path, monkeypatch):
+def test_rows_samples_and_a_checkpoint_s_bytes_are_on_the_disk_before_it_has_its_name(trainer, tmp_path, monkeypatch):
     done, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda old, new: (done.append(Path(new).name), replace(old, new)))
@@ -82,7 +82,9 @@ def test_rows_and_samples_are_on_the_disk_before_the_checkpoint_that_counts_on_t
     for name in ("step=00000004-epoch=0001.ckpt", "step=00000008-epoch=0002.ckpt"):
         before = done[: done.index(name)]
         assert {"metrics.csv", "rows", "samples.jsonl", "root"} <= set(before)
+        assert {f"{name}.tmp", f"{name}.sha256.tmp"} <= set(before)  # its own bytes, before they have their name
         done = done[done.index(name) + 1 :]
+        assert done.index(f"{name}.sha256") < done.index("c")  # and then the names
 
 
 def test_epochs_can_be_left_out(trainer, tmp_path):
