@@ -27,7 +27,7 @@ from lit_rlhf.overrides import CHOSEN, as_written, drop_keys_of_others, part_of,
 from lit_rlhf.preemption import Preempted
 from lit_rlhf.redact import redact_error, references_kept
 from lit_rlhf.run_folder import CONFIG
-from lit_rlhf.sweep import Sweep
+from lit_rlhf.sweep import Stopped, Sweep
 
 #: Config keys that hold a reward.
 REWARDS = ("reward", "gold", "judge")
@@ -46,7 +46,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         @functools.wraps(task)
         def guarded(config: DictConfig) -> Any:
             if Sweep.stopped_worker():
-                return None
+                return Stopped
             try:
                 with suppress(OmegaConfBaseException):
                     resolved(config)  # notes what no message may show
@@ -60,7 +60,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 return task(config)
             except Preempted:
                 if Sweep.stopped_worker():
-                    return None
+                    return Stopped
                 raise
             except (UserError, OmegaConfBaseException) as error:
                 redact_error(error)

@@ -28,7 +28,7 @@ from lit_rlhf.overrides import (
 )
 from lit_rlhf.preemption import Preempted, asked_to_stop, listening
 from lit_rlhf.run_folder import CONFIG, read_summary, replace_file
-from lit_rlhf.sweep import label_job
+from lit_rlhf.sweep import label_job, stop_between_jobs
 from lit_rlhf.terminal import print_result
 from lit_rlhf.train import check, optimized_value, train
 
@@ -193,7 +193,9 @@ def to_overrides(values: dict[str, Any]) -> list[str]:
 @command("pipeline")
 def _main(config: DictConfig) -> float | None:
     with listening():
-        return run_pipeline(config)
+        value = run_pipeline(config)
+        stop_between_jobs()
+    return value
 
 
 def main() -> None:

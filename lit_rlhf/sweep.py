@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -29,6 +30,11 @@ log = logging.getLogger(__name__)
 
 TABLE = "sweep.csv"
 JOB = "job.json"  # in a job's folder, so that it does not matter in which process, or on which machine, the job ran
+STOPPING = "stopping"  # in a multirun's folder while it stops: for joblib's workers that are still starting
+
+
+class Stopped:
+    """What a job returns, this class itself, that a signal has stopped in one of joblib's workers."""
 
 
 class Sweep(Callback):
@@ -50,10 +56,11 @@ class Sweep(Callback):
         self.fixed = {split_override(o.input_line)[0] for o in given if not o.is_sweep_override()}
         for earlier in _records(self._folder):
             earlier.unlink()
+        (self._folder / STOPPING).unlink(missing_ok=True)
         Sweep._open = self
         if _stops_workers(config):
             Sweep._signals.enter_context(listening())
-            Sweep._signals.enter_context(passing_on(_tell_workers))
+            Sweep._signals.enter_context(passing_on(self._tell_workers))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if self._folder is None:
@@ -68,12 +75,28 @@ class Sweep(Callback):
 
             torch.set_num_threads(self._threads)
         self._note(config, status="interrupted")  # what stays of a job that is killed
+        if Sweep._open is None and (self._folder / STOPPING).exists():  # looked for when the note is there, see below
+            (Path(config.hydra.runtime.output_dir) / JOB).unlink()
+            signal.raise_signal(signal.SIGTERM)
+
+    def _tell_workers(self, number: int) -> None:
+        """Passes a signal on to the workers that have noted a job, for those listen.
+
+        It would end one that is still starting, or has no job, and with that all others. Such a one finds the file.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / STOPPING).touch()
+        noted = {json.loads(path.read_text())["pid"] for path in _records(self._folder)}
+        for worker in multiprocessing.active_children():
+            if worker.pid in noted:
+                with suppress(ProcessLookupError):  # it has ended by itself
+                    os.kill(worker.pid, number)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if self._folder is None:
             return
-        if Sweep.stopped_worker():
-            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+        if job_return.status == JobStatus.COMPLETED and job_return.return_value is Stopped:
+            job_return.return_value = None
             return
         try:
             value = finite(job_return.return_value)
@@ -91,6 +114,7 @@ class Sweep(Callback):
         given = as_written(hydra.overrides.task)
         overrides = dict(split_override(o) for o in given if not o.startswith("~"))  # it has no value
         job = {"job": hydra.job.num, "overrides": overrides, "status": status, "value": value, "error": error}
+        job["pid"] = os.getpid()
         folder = Path(hydra.runtime.output_dir)
         job["folder"] = os.path.relpath(folder, self._folder)
         replace_file(folder / JOB, json.dumps(job, indent=2) + "\n")
@@ -126,6 +150,7 @@ class Sweep(Callback):
         """Writes sweep.csv and the report; returns a message that names the failed jobs, if any."""
         Sweep._open = None
         Sweep._signals.close()
+        (self._folder / STOPPING).unlink(missing_ok=True)
         jobs = read_jobs(self._folder)
         failed = [job for job in jobs if job["status"] == "failed"]
         varied = [k for k in _keys(jobs, "overrides") if len({str(job["overrides"].get(k)) for job in jobs}) > 1]
@@ -142,12 +167,6 @@ class Sweep(Callback):
 def _stops_workers(config: DictConfig) -> bool:
     """Whether joblib's workers do what can be continued: only then do they, and who starts them, stop by signals."""
     return "n_jobs" in config.hydra.launcher and config.hydra.job.config_name in ("train", "pipeline")
-
-
-def _tell_workers(number: int) -> None:
-    for worker in multiprocessing.active_children():
-        with suppress(ProcessLookupError):  # it has ended by itself
-            os.kill(worker.pid, number)
 
 
 def end_workers() -> None:
@@ -177,6 +196,15 @@ def threads_per_job(launcher: DictConfig) -> int | None:
 def in_multirun() -> bool:
     """Whether this is a job of a multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def stop_between_jobs() -> None:
+    """For the end of a job: raises Preempted if a signal came so late that the job is complete, but no other may begin.
+
+    One of joblib's workers first notes what the job returns, and then begins no other.
+    """
+    if in_multirun() and asked_to_stop() and not Sweep.stopped_worker():
+        raise Preempted
 
 
 def label_job(config: DictConfig, stage: str | None = None) -> None:

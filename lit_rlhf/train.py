@@ -40,7 +40,7 @@ from lit_rlhf.metrics import lookup
 from lit_rlhf.preemption import Preempted, asked_to_stop, listening, not_listening
 from lit_rlhf.quiet import quiet
 from lit_rlhf.run_folder import CONFIG, SUMMARY, read_summary, replace_file, write_summary, writing
-from lit_rlhf.sweep import in_multirun, label_job
+from lit_rlhf.sweep import in_multirun, label_job, stop_between_jobs
 from lit_rlhf.terminal import print_config
 from lit_rlhf.train_command import main
 
@@ -446,8 +446,7 @@ def run_job(config: DictConfig) -> float | None:
         print_config(resolved(config))
     with listening():
         value = train(config)
-        if in_multirun() and asked_to_stop():
-            raise Preempted  # no further job begins
+        stop_between_jobs()
     return value
 
 

@@ -184,6 +184,26 @@ def test_of_a_joblib_multirun_all_jobs_stop_with_checkpoints_and_no_further_one_
     assert [summary(f"sweep/{job}")["status"] for job in "012"] == ["completed"] * 3
 
 
+def test_a_worker_without_a_job_is_not_ended_by_the_signal_and_a_job_that_is_complete_then_is_noted_so():
+    """joblib starts as many workers as jobs may run at once; where one is ended, it ends those that work."""
+    strike = ["+callbacks.strike._target_=preempting.Strike", f"+callbacks.strike.pid={os.getpid()}"]
+    sweep = ["train", "-m", *RUN, *strike, "seed=0", "hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]
+    sweep += ["optimized_metric=objective/kl", "hydra.sweep.dir=sweep"]
+    result = run_here(*sweep, "+callbacks.strike.step=5")
+    assert result.code == PREEMPTED, result.err
+    assert summary("sweep/0")["status"] == "preempted"
+    assert last("sweep/0")["global_step"] >= 6
+    assert noted() == [("interrupted", "")]
+    assert run_here(*sweep, "+callbacks.strike.phase=export").code == PREEMPTED
+    assert summary("sweep/0")["status"] == "completed"
+    assert noted() == [("completed", str(summary("sweep/0")["objective/kl"]))]
+
+
+def noted():
+    with open("sweep/sweep.csv", newline="") as file:
+        return [(row["status"], row["optimized_value"]) for row in csv.DictReader(file)]
+
+
 PIPELINE = """
 # @package _global_
 stages:
@@ -192,11 +212,23 @@ stages:
 """
 
 
-def test_a_pipeline_stops_between_its_stages_too_and_the_same_command_ends_it(whole):
+def write_pipeline():
     strike = ["+callbacks.strike._target_=preempting.Strike", "+callbacks.strike.step=null"]
     stage = ", ".join(map(json.dumps, [*RUN[:-1], *strike, "+callbacks.strike.phase=null"]))
     Path("conf/experiment").mkdir(parents=True)
     Path("conf/experiment/signals.yaml").write_text(PIPELINE.format(stage=stage))
+
+
+def test_a_signal_in_the_last_moments_of_a_pipeline_ends_its_multirun():
+    write_pipeline()
+    sweep = ["pipeline", "-m", "--config-dir=conf", "experiment=signals", "seed=0,1", "hydra.sweep.dir=sweep"]
+    assert run_here(*sweep, "two.callbacks.strike.phase=export").code == PREEMPTED
+    assert summary("sweep/0/two")["status"] == "completed"
+    assert not Path("sweep/1").exists()
+
+
+def test_a_pipeline_stops_between_its_stages_too_and_the_same_command_ends_it(whole):
+    write_pipeline()
 
     def pipeline(*more):
         return run_here("pipeline", "--config-dir=conf", "experiment=signals", "paths.output_dir=cut", *more)
