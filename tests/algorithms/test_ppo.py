@@ -35,7 +35,7 @@ def test_ratio_is_1_in_every_epoch_when_nothing_is_learned(trainer, family, lora
 
     class Recorded(PPO):
         def loss(self, batch, output):
-            largest.append(float((output.logprobs - batch.logprobs)[batch.response_mask].abs().max()))
+            largest.append(float((output.logprobs.detach() - batch.logprobs)[batch.response_mask].abs().max()))
             return super().loss(batch, output)
 
     policy = tiny_policy(family, lora=lora)
