@@ -6,6 +6,7 @@ import pytest
 import torch
 from command_line import run_here, write_module
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification
 
 from lit_rlhf.algorithms import PPO
@@ -24,9 +25,13 @@ LORA = {"r": 4, "target_modules": "all-linear"}
 GB = 1e9
 
 
-def estimated(*overrides: str, defaults: list[str] = TINY) -> Estimate:
+def composed(*overrides: str, defaults: list[str] = TINY) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        return estimate(compose("estimate", [*defaults, "paths.output_dir=run", *overrides]))
+        return compose("estimate", [*defaults, "paths.output_dir=run", *overrides])
+
+
+def estimated(*overrides: str, defaults: list[str] = TINY) -> Estimate:
+    return estimate(composed(*overrides, defaults=defaults))
 
 
 def real_policy(**changes) -> Policy:
@@ -217,16 +222,13 @@ ALGORITHMS = sorted(path.stem for path in (CONFIG_DIR / "algorithm").glob("*.yam
 
 @pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a != "reward_model"])
 def test_every_algorithm_can_be_estimated(algorithm):
-    found = estimated(f"algorithm={algorithm}", "policy.num_hidden_layers=1")
+    config = composed(f"algorithm={algorithm}", "policy.num_hidden_layers=1")
+    metric = str(config.optimized_metric)
+    found = estimate(config)
     assert {"7 forward, backward", "8 step"} <= set(found.seconds)
-    assert ("1 rollout: decode" in found.seconds) == ("val/" not in str(_metric(algorithm)))
+    assert ("1 rollout: decode" in found.seconds) == ("val/" not in metric)
     assert 0 < found.iteration < 1
     assert not found.not_counted
-
-
-def _metric(algorithm: str) -> str:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        return compose("train", [f"algorithm={algorithm}", "paths.output_dir=run"]).optimized_metric
 
 
 def test_a_reward_models_training_can_be_estimated(tiny_models):
