@@ -1,6 +1,7 @@
 """The report: numbers recomputed by hand, a page that hostile text cannot break, runs that lack something."""
 
 import io
+import itertools
 import json
 import math
 from html.parser import HTMLParser
@@ -10,7 +11,7 @@ from PIL import Image
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.report import build_report, picture
-from lit_rlhf.report_charts import Series, curves, histogram
+from lit_rlhf.report_charts import Series, _empty_panel, curves, histogram
 from lit_rlhf.report_effect import effect, pair_up, quantities
 from lit_rlhf.report_section import load_runs
 from lit_rlhf.report_text import settings_line
@@ -207,6 +208,24 @@ def test_a_chart_takes_its_colours_from_the_page_and_survives_what_is_not_finite
     assert "#0102" not in svg
     assert 'aria-label="a &#34;label&#34; &lt;b&gt;"' in svg
     assert ">iteration<" in svg  # text, not outlines
+
+
+def test_a_chart_is_the_same_whatever_was_drawn_before_it():
+    """Charts of a size share their axes."""
+    held = Series(x=[0, 3], y=[1.0, 2.0], role="held")
+    shown = [
+        [Series(x=[1, 2, 3], y=[0.1, 0.4, 0.2], role="train"), held],
+        [Series(x=[5, 900], y=[-3e6, 4e7], role="train")],
+        [Series(x=[1, 2], y=[math.nan, math.nan], role="train")],
+    ]
+
+    def fresh(series):
+        _empty_panel.cache_clear()
+        return curves(series, x_label="iteration", label="x")
+
+    alone = [fresh(series) for series in shown]
+    for order in itertools.permutations(range(3)):
+        assert [curves(shown[i], x_label="iteration", label="x") for i in order] == [alone[i] for i in order]
 
 
 def test_a_histogram_of_equal_scores_is_drawn():
