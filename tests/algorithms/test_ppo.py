@@ -508,6 +508,29 @@ def test_updates_stop_on_the_target_kl_and_validation_still_runs(trainer):
     assert [row["iteration"] for row in watch.rows] == [1, 2, 3]
 
 
+def test_the_target_kl_is_compared_with_a_mean_over_the_tokens_of_all_micro_batches(trainer):
+    parts, found = [], []
+
+    class Recorded(PPO):
+        def loss(self, batch, output):
+            parts.append((output.logprobs.detach() - batch.logprobs)[batch.response_mask].square() / 2)
+            return super().loss(batch, output)
+
+    ppo = Recorded(
+        policy=tiny_policy(spread=0.15), reward=letters, optimizer=sgd(0.1), rollout_batch_size=12, minibatch_size=6,
+        target_kl=1e3, sampler=Sampler(max_new_tokens=8, stop_tokens=range(2, 60)),
+    )  # fmt: skip
+    compute = ppo.minibatch_kl.compute
+    ppo.minibatch_kl.compute = lambda: found.append(compute()) or found[-1]
+    fit(trainer, ppo, max_epochs=2, accumulate_grad_batches=3)
+    steps = [parts[i : i + 3] for i in range(0, len(parts), 3)]
+    assert len(found) == len(steps) == 16  # 4 epochs of 2 steps
+    for step, means in zip(steps, found, strict=True):
+        assert means["kl"] == pytest.approx(torch.cat(step).mean().item(), rel=1e-5)
+    unweighted = [torch.stack([part.mean() for part in step]).mean().item() for step in steps]
+    assert unweighted[-1] != pytest.approx(found[-1]["kl"], rel=1e-2)
+
+
 def test_max_steps_counts_optimiser_steps(trainer):
     ppo = make()
     fit(trainer, ppo, max_epochs=-1, max_steps=6, accumulate_grad_batches=2)
