@@ -22,7 +22,7 @@ from lit_rlhf.metrics import lookup
 
 NUMBER = r"(-?[\d.]+)"
 LINE = re.compile(rf"#   (val/\S+)\s+{NUMBER} -> {NUMBER} \({NUMBER} to {NUMBER}\)")
-WITH_NUMBERS = {"length", "human_ratings", "tweets", "arithmetic", "json", "detoxification"}
+WITH_NUMBERS = {"length", "human_ratings", "tweets", "arithmetic", "json", "detoxification", "helpfulness"}
 
 
 class Expected(NamedTuple):

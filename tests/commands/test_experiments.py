@@ -79,5 +79,5 @@ def test_helpfulness_shows_a_judge_the_whole_conversation(run):
         rows, samples = run("helpfulness", f"reward.base_url={server.url}", "reward.model=any")
     asked = [request.body["messages"][0]["content"] for request in server.requests]
     assert any("assistant: When do you have time?" in question for question in asked)
-    assert len({row["prompt"] for row in samples}) == 8
+    assert len({str(row["prompt"]) for row in samples}) == 16
     assert rows[-1]["val/reward/judge"] == 1
