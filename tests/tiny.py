@@ -30,7 +30,8 @@ def tiny_model(model_type: str = "llama", *, spread: float = 0.3, seed: int = 0,
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ids, **{**SMALL[model_type], **changes})
+    settings = {**SMALL.get(model_type, {}), **changes}
+    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ids, **settings)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

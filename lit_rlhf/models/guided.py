@@ -86,8 +86,6 @@ class GuidedModel(nn.Module):
         prior: how much the language model has to say; 0 decodes by Q alone.
     """
 
-    _is_stateful = False
-
     def __init__(self, model: PreTrainedModel, heads: nn.ModuleList, *, beta: float, prior: float) -> None:
         super().__init__()
         self.model = model

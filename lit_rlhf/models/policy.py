@@ -1,7 +1,6 @@
 """The policy: any causal language model of transformers, fully trained or through LoRA."""
 
 import copy
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from lit_rlhf.layers import compile_layers
 from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.guided import GUIDANCE_FILE, GuidedModel, load_guidance
 from lit_rlhf.models.packed import decoding_layers, use_decoding_layers
+from lit_rlhf.models.requirements import require_decoder
 from lit_rlhf.models.sources import NO_CODE, not_loaded, resolve_model
 from lit_rlhf.rollout.sampler import position_ids
 
@@ -78,11 +78,6 @@ class Policy(nn.Module):
         if tokenizer.pad_token_id is None:
             raise UserError("the policy's tokenizer has neither a pad nor an eos token; set one before training")
         self.tokenizer = tokenizer
-        if model._is_stateful or "past_key_values" not in inspect.signature(model.forward).parameters:
-            raise UserError(
-                f"{type(model).__name__} keeps a recurrent state instead of a key-value cache: completions are decoded "
-                "with a cache that grows by one entry a token, which this model does not have"
-            )
         self.checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -95,6 +90,7 @@ class Policy(nn.Module):
         self.model = model
         object.__setattr__(self, "_decoder", None)
         self.sharded = False
+        require_decoder(self)
         self.compiled = compile
         if compile:
             compile_layers(self.base)
@@ -391,10 +387,12 @@ def _require_plain_lora(model: PeftModel, lora: dict[str, Any]) -> None:
         "init_lora_weights": config.init_lora_weights not in (True, "gaussian"),
     }
     wrong = [name for name, found in refused.items() if found]
-    kinds = {type(m).__name__ for m in model.modules() if isinstance(m, LoraLayer)} - {"Linear"}
-    head = model.get_base_model().get_output_embeddings()
-    if not wrong and (kinds or isinstance(head, LoraLayer)):
-        wrong = ["target_modules"]
+    base = model.get_base_model()
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    head = base.get_output_embeddings()
+    odd = {name for name, layer in layers.items() if type(layer).__name__ != "Linear" or layer is head}
+    if odd and not wrong:  # one of each kind: layers differ by their number
+        wrong = [f"target_modules ({', '.join(sorted({name.split('.', 3)[-1] for name in odd}))})"]
     if wrong:
         raise UserError(
             f"policy.lora={lora}: {', '.join(wrong)} is not supported. The reference is the model, adapter off, so "

@@ -133,7 +133,7 @@ class Sampler:
             logits = next_logits(model, ids[first], mask[first], positions[first], cache)
         if len(first) < batch:
             logits = logits[prompt_of]
-            cache.batch_select_indices(prompt_of)
+            cache.reorder_cache(prompt_of)
         for step in range(steps):
             token, logprob = self._pick(logits, uniforms[rows, step])
             going = ~finished[rows]
@@ -148,7 +148,7 @@ class Sampler:
                 break
             if alive <= 0.75 * len(rows):  # copying the cache costs about as much as a step for the rows it drops
                 keep = going.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 rows, mask, positions, token = rows[keep], mask[keep], positions[keep], token[keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1

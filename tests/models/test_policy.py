@@ -81,8 +81,8 @@ def test_the_head_is_not_copied_for_every_row_of_a_prefill():
     """A strided slice of hidden states times the head makes torch copy the head once a row: gigabytes when real."""
     model = tiny_model(hidden_size=64)
     shapes = []
-    model.lm_head.register_forward_pre_hook(lambda _module, inputs: shapes.append(inputs[0]))
     policy = Policy(model=model, tokenizer=byte_tokenizer())
+    model.lm_head.register_forward_pre_hook(lambda _module, inputs: shapes.append(inputs[0]))
     complete(policy, ["abcdef", "abcd"], Sampler(max_new_tokens=3), seed=0)
     assert len(shapes) == 3
     assert all(hidden.is_contiguous() and hidden.shape[1] == 1 for hidden in shapes)
@@ -150,7 +150,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_of_sequence():
 
 @pytest.mark.parametrize("model_type", ["mamba", "rwkv"])
 def test_a_model_without_a_key_value_cache_is_refused(model_type):
-    with pytest.raises(UserError, match="recurrent state instead of a key-value cache"):
+    with pytest.raises(UserError, match="has no key-value cache"):
         Policy.from_config(tokenizer="bytes", model_type=model_type, hidden_size=16, num_hidden_layers=2)
 
 
