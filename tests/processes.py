@@ -90,6 +90,7 @@ RUNS = {
     "spoiled": (lambda _: ppo(algorithm=Spoiled), Prompts, {}),
     "stopped": (lambda _: ppo(target_kl=1e-4), Prompts, {}),
     "grpo": (lambda _: group(GRPO, sampler=SHORT), Prompts, {}),
+    "gemma3": (lambda _: group(GRPO, policy=tiny_policy("gemma3")), Prompts, {"max_epochs": 1}),  # no image
     "online_dpo": (lambda _: group(OnlineDPO), Prompts, {}),
     "trpo": (lambda _: group(TRPO), Prompts, {"max_epochs": 1}),
     "dpo": (lambda _: DPO(policy=tiny_policy(), optimizer=momentum, log_every_n_steps=1), Pairs, {}),
@@ -107,7 +108,7 @@ RUNS = {
 }  # fmt: skip
 
 #: By FSDP2; what has a path of its own through it.
-SHARDED = ["full", "lora", "separate", "spoiled", "grpo", "sft", "reward_model"]
+SHARDED = ["full", "lora", "separate", "spoiled", "grpo", "gemma3", "sft", "reward_model"]
 
 
 class FirstGradient(Watch):

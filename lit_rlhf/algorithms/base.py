@@ -322,7 +322,8 @@ class Algorithm(L.LightningModule):
         write_to_files(self.trainer.strategy)
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy):
-            if self.leaves_weights_out:
+            policy = getattr(self, "policy", None)
+            if self.leaves_weights_out or (policy is not None and policy.reads_more_than_text):
                 strategy._ddp_kwargs["find_unused_parameters"] = True  # else it waits for their gradients
             if strategy.world_size == 1:  # nothing to average; and its wrapper allows a step only one backward pass
                 strategy.configure_ddp = lambda: None

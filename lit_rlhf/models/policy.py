@@ -208,6 +208,11 @@ class Policy(nn.Module):
         return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
 
     @property
+    def reads_more_than_text(self) -> bool:
+        """Whether the model has parts, for images or sounds, whose weights no text reaches."""
+        return self.base.config.get_text_config() is not self.base.config
+
+    @property
     def stop_ids(self) -> list[int]:
         """The ids that end a completion: those of the generation config, and the tokenizer's end of sequence."""
         configured = self.base.generation_config.eos_token_id if self.base.generation_config else None
