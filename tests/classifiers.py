@@ -5,15 +5,15 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lit_rlhf.models.policy import byte_tokenizer
 
+LAYERS = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}  # fmt: skip
 SHAPES = {
-    "bert": {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-    },
-    "llama": {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-    },
+    "bert": LAYERS,
+    "roberta": LAYERS,
+    "llama": LAYERS,
+    "gemma2": {**LAYERS, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 6},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
 }  # fmt: skip
 

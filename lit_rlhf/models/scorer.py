@@ -45,13 +45,12 @@ class Scorer(nn.Module):
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id is None:
             raise UserError("the reward model's tokenizer has neither a pad nor an eos token; set one before training")
-        config = model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+        context = _context_length(model)
         if max_length is None:
             max_length = min(context, tokenizer.model_max_length)
         if not 1 <= max_length <= context:
             raise UserError(f"max_length={max_length} must be at least 1 and at most the model's {context} tokens")
-        config.pad_token_id = tokenizer.pad_token_id
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         tokenizer.padding_side = "right"
         tokenizer.model_max_length = max_length
         self.model = model
@@ -113,3 +112,11 @@ class Scorer(nn.Module):
         if rank() == 0:
             self.model.save_pretrained(folder, state_dict=weights)
             self.tokenizer.save_pretrained(folder)
+
+
+def _context_length(model: PreTrainedModel) -> int:
+    """The longest text that the model reads, in tokens."""
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            return part.num_embeddings - part.padding_idx - 1  # RoBERTa's positions begin after that of the padding
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT

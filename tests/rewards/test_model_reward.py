@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from classifiers import save_classifier
+from classifiers import SHAPES, save_classifier
 from ppo_runs import fit, make
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -28,13 +28,23 @@ def alone(folder, texts):
         return torch.stack([model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts])
 
 
-@pytest.mark.parametrize("model_type", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("model_type", SHAPES)
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_scores_are_those_of_the_texts_alone(tmp_path, model_type, batch_size):
     folder = save_classifier(tmp_path, model_type)
     scores = ModelReward(path=folder, batch_size=batch_size)(prompts=PROMPTS, completions=COMPLETIONS)
     torch.testing.assert_close(scores, alone(folder, TEXTS)[:, 0], rtol=1e-4, atol=1e-5)
     assert scores.std() > 0.01
+
+
+@pytest.mark.parametrize(("model_type", "length"), [("bert", 64), ("roberta", 63)])
+def test_a_text_longer_than_the_model_reads_loses_its_end(tmp_path, model_type, length):
+    """RoBERTa's 64 positions begin with one for padding; its tokenizer often does not say so."""
+    reward = ModelReward(path=save_classifier(tmp_path, model_type), on="completion")
+    text = "".join(chr(97 + i % 26) for i in range(100))
+    long, cut, shorter = reward(prompts=[""] * 3, completions=[text, text[:length], text[: length - 1]]).tolist()
+    assert long == pytest.approx(cut, rel=1e-5)
+    assert long != pytest.approx(shorter, rel=1e-3)
 
 
 def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path):
