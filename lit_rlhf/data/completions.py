@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.batch import CompletionBatch
-from lit_rlhf.data.tokenize import is_transposed, render
+from lit_rlhf.data.tokenize import is_transposed, prompt_ids
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import Policy
 
@@ -106,9 +106,7 @@ def encode(
     text = answer_text(text)
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"sample {number} of the batch has no text in '{column}': {text!r:.80}")
-    opening: list[int] = []
-    if prompt is not None:
-        opening = tokenizer(render(prompt, tokenizer), add_special_tokens=isinstance(prompt, str))["input_ids"]
+    opening = [] if prompt is None else prompt_ids(prompt, tokenizer)
     ids = opening + tokenizer(text, add_special_tokens=prompt is None)["input_ids"]
     if ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)

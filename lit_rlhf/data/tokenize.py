@@ -165,11 +165,23 @@ def _token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         ids, mask = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["attention_mask"]).bool()
         return ids[mask].long().cpu()
     prompt = row["prompt"]
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            return torch.empty(0, dtype=torch.long)
-        return torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.long)
-    return torch.tensor(tokenizer(render(prompt, tokenizer), add_special_tokens=False)["input_ids"])
+    if isinstance(prompt, str) and not prompt.strip():
+        return torch.empty(0, dtype=torch.long)
+    return torch.tensor(prompt_ids(prompt, tokenizer), dtype=torch.long)
+
+
+def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt: of a text with the tokenizer's special tokens, of a chat as its template writes it.
+
+    Some tokenizers put an end of sequence after every text (``add_eos_token``). A prompt goes on, so it loses that.
+    """
+    if not isinstance(prompt, str):
+        return tokenizer(render(prompt, tokenizer), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt)["input_ids"]
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        own = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids if ids[-len(own) :] == own else ids[:-1]
+    return ids
 
 
 def render(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from ppo_runs import prompts_of
 from tiny import LORA, tiny_policy
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
@@ -97,6 +98,18 @@ def test_a_tokenizer_that_opens_texts_makes_the_first_word_a_target_and_opens_on
     pair = SFT(policy=policy).collate({"prompt": ["a"], "completion": ["b"]}).inputs
     assert pair["input_ids"][0].tolist() == [BOS, a, b, EOS]
     assert pair["target_mask"][0].tolist() == [False, False, True, True]
+
+
+def test_a_tokenizer_that_ends_texts_does_not_end_prompts():
+    policy = tiny_policy()
+    a, b = ids_of(policy, "ab")
+    ends = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    policy.tokenizer.backend_tokenizer.post_processor = ends
+    assert ids_of(policy, "ab") == [BOS, a, b, EOS]
+    pair = SFT(policy=policy).collate({"prompt": ["a"], "completion": ["b"]}).inputs
+    assert pair["input_ids"][0].tolist() == [BOS, a, b, EOS]
+    rollout = prompts_of(policy, ["ab", "ab</s>"])
+    assert rollout.prompt_ids.tolist() == [[0, BOS, a, b], [BOS, a, b, EOS]]  # one of the user's own stays
 
 
 def test_pad_equal_to_eos_keeps_the_eos_a_target():
