@@ -47,7 +47,7 @@ def require_decoder(policy: "Policy") -> None:
     finally:
         for part, training in modes:
             part.training = training
-    tolerance = TOLERANCE if weight.dtype == torch.float32 else TOLERANCE_HALF
+    tolerance = TOLERANCE_HALF if weight.dtype.itemsize < 4 else TOLERANCE
     if not torch.allclose(decoded, together, rtol=0, atol=tolerance, equal_nan=True):
         reason = (
             "decoding token by token and one pass over the whole text give a token different probabilities; a policy "
@@ -72,4 +72,4 @@ def _logprobs(policy: "Policy", device: torch.device) -> tuple[Tensor, Tensor, T
     together = policy(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
     last = rollout[2:]
     alone = policy(last.prompt_ids[:, 2:], last.prompt_mask[:, 2:], last.response_ids, last.response_mask)
-    return last.logprobs[0], together.logprobs[2], alone.logprobs[0]
+    return last.logprobs[0], together.logprobs[2].float(), alone.logprobs[0].float()
