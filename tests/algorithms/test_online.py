@@ -122,9 +122,10 @@ def test_a_column_that_the_prompts_lack_is_refused_before_any_rollout(trainer, k
     def reward(prompts, completions, target, **_):
         return target
 
+    ppo = make(**{"reward": letters, key: reward})
     monkeypatch.setattr(Sampler, "generate", lambda *_, **__: pytest.fail("rolled out"))
     with pytest.raises(UserError, match=f"'{key}': reward reads the column 'target' .* columns are number"):
-        fit(trainer, make(**{"reward": letters, key: reward}))
+        fit(trainer, ppo)
 
 
 def test_held_out_metrics_can_be_monitored_whenever_they_are_measured(trainer, tmp_path):
