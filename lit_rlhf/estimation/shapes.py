@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel, masking_utils
+from transformers.initialization import no_init_weights
+from transformers.integrations import moe
 
 from lit_rlhf.models import attention, packed, reference
 
@@ -33,6 +35,8 @@ _FLOPS: dict[Any, Callable[..., int]] = {
         g.shape, q.shape, k.shape, v.shape
     ),
 }
+#: Products of rows with the weights of the experts that they are sent to, forward and backward.
+_EXPERTS = {torch.ops.transformers.grouped_mm_fallback: 1, torch.ops.transformers.grouped_mm_fallback_backward: 2}
 #: These read as many entries of their first tensor as they return.
 _GATHERS = (_aten.embedding, _aten.index, _aten.gather, _aten.index_select)
 
@@ -110,7 +114,13 @@ class Trace(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], out: Any, outputs: list[Tensor]) -> None:
-        flops, packet = 0, func.overloadpacket
+        flops, times, packet = 0, 1, func.overloadpacket
+        if packet in _EXPERTS:  # the same rows for every expert that has any; backward, two products of that size
+            times, packet, func = _EXPERTS[packet], _aten.bmm, _aten.bmm.default
+            rows, weight = args[:2]
+            busy = min(len(rows), len(weight))
+            args = (rows.new_empty(busy, -(-len(rows) // busy), rows.shape[1]), weight[:busy])
+            inputs, outputs = list(args), [out := torch.bmm(*args)]
         if packet in _FLOPS:
             flops = _FLOPS[packet](*args, **kwargs)
         elif packet in flop_registry:
@@ -125,7 +135,7 @@ class Trace(TorchDispatchMode):
         if key not in self._counted:
             dtype = (inputs or outputs)[0].dtype
             self._counted[key] = [Operation(func, *shapes, flops, dtype, sum(map(_bytes, [*read, *outputs])), held), 0]
-        self._counted[key][1] += 1
+        self._counted[key][1] += times
 
     def _hold(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         there = {id(x.untyped_storage()) for x in inputs} | self._made
@@ -158,13 +168,15 @@ def shapes_only(*, cpu: bool) -> Iterator[None]:
         (nn.Module, "_apply", _apply),
         (masking_utils, "is_tracing", lambda *_: False),  # which would make masks where the real code finds no padding
         (reference, "_hash", lambda *_: ""),  # of weights that are not there
+        (moe, "_can_use_grouped_mm", lambda *_: False),  # whose shapes PyTorch knows in bfloat16 alone
         (packed, "can_pack", lambda _: False),  # the same products of the same size, in an operation without shapes
     ]
     plain = [vars(owner)[name] for owner, name, _ in replacements]
     for owner, name, own in replacements:
         setattr(owner, name, own)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _Copies(), torch.compiler.set_stance("force_eager"):
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        with fakes, no_init_weights(), _Copies(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for (owner, name, _), before in zip(replacements, plain, strict=True):

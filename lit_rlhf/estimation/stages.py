@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from lit_rlhf.algorithms import DQN, ILQL, KTO, SFT, TRPO, RewardModel
@@ -169,13 +170,23 @@ def _rollout(algorithm: OnlineAlgorithm, layout: Layout, rows: int) -> Iterator[
             # A prompt is computed once for its group.
             decode(ids[:: algorithm.group_size] if name == "prefill" else ids[:, -1:], cache, length)
             if name == "prefill" and algorithm.group_size > 1:
-                cache.batch_repeat_interleave(algorithm.group_size)
-        cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        kept = cached / length * whole
+                cache.reorder_cache(torch.arange(len(ids)) // algorithm.group_size)
+        cached, kept = _cached(cache, length, whole)
         more = {"KV cache": kept, "decode copy": freed}
         yield _stage(f"1 rollout: {name}", trace, chunks * count, less=cached, **more)
     if freed:
         policy.free_decoder()
+
+
+def _cached(cache: DynamicCache, length: int, whole: int) -> tuple[float, float]:
+    """Bytes of a cache of ``length`` tokens a row, and of ``whole``: recurrent states and full windows do not grow."""
+    now = later = 0.0
+    for layer in cache.layers:
+        size = sum(x.nbytes for x in tree_leaves(vars(layer)) if isinstance(x, Tensor))
+        grows = isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.shape[-2] == length
+        now += size
+        later += size * (min(getattr(layer, "sliding_window", whole), whole) / length if grows else 1)
+    return now, later
 
 
 def _freed(policy: Policy) -> int:

@@ -7,6 +7,8 @@ import torch
 from command_line import run_here, write_module
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from tiny import tiny_model, tiny_policy
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification
 
 from lit_rlhf.algorithms import PPO
@@ -89,6 +91,34 @@ def test_the_kv_cache_is_the_real_ones(heads):
     )
     chunked = estimated(*overrides, "trainer.precision=32-true", "sampler.chunk_size=4")
     assert chunked.working["1 rollout: decode"]["KV cache"] == found.working["1 rollout: decode"]["KV cache"] / 4
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "gpt_oss", "qwen3_5_text", "lfm2"])
+def test_windows_and_recurrent_states_are_held_as_they_really_are(kind, tmp_path):
+    model = tiny_model(kind)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    found = estimated(
+        "policy=pretrained", f"policy.path={tmp_path}", "algorithm.rollout_batch_size=16", "sampler.max_new_tokens=6",
+        "trainer.precision=32-true", defaults=["machine=h100", "prompt_length=8"],
+    )  # fmt: skip
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for steps in (8, 1, 1, 1, 1, 1, 1):
+            model(torch.ones(16, steps, dtype=torch.long), past_key_values=cache, use_cache=True)
+    held = sum(x.nbytes for layer in cache.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor))
+    assert found.working["1 rollout: decode"]["KV cache"] * GB == held
+
+
+def test_experts_multiply_the_rows_that_are_sent_to_them():
+    rows, length, answer = 4, 14, 6
+    with shapes_only(cpu=True), Trace(259) as trace:
+        tiny_policy("mixtral")(*tokens(rows, length - answer, answer)).logprobs.sum().backward()
+    attention, experts = 2 * 32 * 32 + 2 * 32 * 16 + 32 * 4, 2 * (32 * 2 * 64 + 64 * 32)  # weights of a token; 2 of 4
+    layer = rows * length * (attention + experts) + 2 * rows * 2 * length * length * 16  # rows against keys and values
+    products = 2 * (2 * layer + rows * answer * 32 * 259)  # two operations each, of two layers and the head
+    rotations = 2 * rows * 8 * length
+    assert trace.flops == pytest.approx(3 * products + rotations, rel=0.02)
 
 
 def test_activations_are_what_autograd_really_keeps():
