@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from sacrebleu.metrics import BLEU
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from lit_rlhf.checks import check_int
-from lit_rlhf.evaluation.statistics import TextMetric
+from lit_rlhf.evaluation.statistics import KeepingMetric, TextMetric
 from lit_rlhf.ngrams import ngrams
 
 
-class DistinctN(Metric):
+class DistinctN(KeepingMetric):
     """Distinct n-grams of words as a share of all, over all texts (Li et al. 2016, arXiv:1510.03055).
 
     1 where no n-gram occurs twice. It falls with the number of texts, so only equally many are to be compared.
@@ -33,27 +31,25 @@ class DistinctN(Metric):
     0.4
     """
 
-    full_state_update = False
     higher_is_better = True
-    hashes: list[Tensor]
     total: Tensor
 
     def __init__(self, n: int = 2, **settings: Any) -> None:
         super().__init__(**settings)
         self.n = check_int("n", n, at_least=1)
-        self.add_state("hashes", default=[], dist_reduce_fx="cat")
+        self.add_rows("hashes", torch.long)
         self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str]) -> None:
         grams = [gram for text in texts for gram in ngrams(text.split(), self.n)]
         self.total += len(grams)
-        self.hashes.append(torch.tensor(sorted(map(_hash, set(grams))), dtype=torch.long))
+        self.keep("hashes", torch.tensor(sorted(map(_hash, set(grams)))))
 
     def compute(self) -> Tensor:
         """A share, NaN without any n-gram."""
         if not self.total:
             return torch.tensor(float("nan"))
-        return len(dim_zero_cat(self.hashes).unique()) / self.total
+        return len(self.kept("hashes").unique()) / self.total
 
 
 class SelfBLEU(TextMetric):

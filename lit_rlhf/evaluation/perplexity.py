@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from lit_rlhf.data.completions import answer_text, encode
 from lit_rlhf.errors import UserError
-from lit_rlhf.evaluation.statistics import Interval, bootstrap
+from lit_rlhf.evaluation.statistics import Interval, KeepingMetric, bootstrap
 from lit_rlhf.models.policy import Policy
 
 #: Tokens of one forward pass at most, unless a single text has more: each needs logits over the whole vocabulary.
@@ -50,7 +48,7 @@ class Perplexities(NamedTuple):
     tokens: int
 
 
-class Perplexity(Metric):
+class Perplexity(KeepingMetric):
     """The perplexity of texts: every token counts alike, however long its document is.
 
     Intervals are bootstrapped over documents. ``text_nats`` measures what goes in.
@@ -61,16 +59,12 @@ class Perplexity(Metric):
     7.389
     """
 
-    full_state_update = False
     higher_is_better = False
-    nats: list[Tensor]
-    tokens: list[Tensor]
-    sizes: list[Tensor]
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         for state in TextNats._fields:
-            self.add_state(state, default=[], dist_reduce_fx="cat")
+            self.add_rows(state, torch.double)
 
     def update(self, nats: Tensor, tokens: Tensor, sizes: Tensor) -> None:
         """See ``TextNats``.
@@ -83,11 +77,11 @@ class Perplexity(Metric):
             raise UserError(f"a perplexity is of nats, tokens and sizes (B,), all of the same B, got {shapes}")
         if (tokens < 1).any():
             raise UserError("a perplexity is of documents with at least one token each")
-        for state, values in zip((self.nats, self.tokens, self.sizes), (nats, tokens, sizes), strict=True):
-            state.append(values.double())
+        for state, values in zip(TextNats._fields, (nats, tokens, sizes), strict=True):
+            self.keep(state, values)
 
     def compute(self) -> Perplexities:
-        rows = torch.stack([dim_zero_cat(state).cpu() for state in (self.nats, self.tokens, self.sizes)], dim=1)
+        rows = torch.stack([self.kept(state) for state in TextNats._fields], dim=1)
         return Perplexities(
             bootstrap(rows, lambda rows, weights: ((weights @ rows[:, 0]) / (weights @ rows[:, 1])).exp()),
             bootstrap(rows, lambda rows, weights: (weights @ rows[:, 0]) / (weights @ rows[:, 2]) / math.log(2)),

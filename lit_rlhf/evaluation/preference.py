@@ -4,12 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_calibration_error
-from torchmetrics.utilities import dim_zero_cat
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.evaluation.statistics import RESAMPLES, Interval, bootstrap
+from lit_rlhf.evaluation.statistics import RESAMPLES, Interval, KeepingMetric, bootstrap
 
 _EXACT = 1e-9  # of the regression's coefficients
 _RIDGE = 1e-2  # of the regression's coefficients: without it they grow for ever where one side always wins
@@ -27,7 +25,7 @@ class WinRates(NamedTuple):
     length_controlled: Interval
 
 
-class WinRate(Metric):
+class WinRate(KeepingMetric):
     """How often one policy's completion scores higher than another's of the same prompt.
 
     The length-controlled rate (Dubois et al. 2024, arXiv:2404.04475) is sigmoid(a) of the logistic regression
@@ -41,17 +39,14 @@ class WinRate(Metric):
     0.75
     """
 
-    full_state_update = False
     higher_is_better = True
-    wins: list[Tensor]
-    longer: list[Tensor]
-    prompts: list[Tensor]
 
     def __init__(self, *, intervals: bool = True, **settings: Any) -> None:
         super().__init__(**settings)
         self.resamples = (RESAMPLES, 500) if intervals else (0, 0)
-        for state in ("wins", "longer", "prompts"):
-            self.add_state(state, default=[], dist_reduce_fx="cat")
+        self.add_rows("wins", torch.double)
+        self.add_rows("longer", torch.double)
+        self.add_rows("prompts", torch.long)
 
     def update(
         self,
@@ -75,13 +70,13 @@ class WinRate(Metric):
             raise UserError(f"a win rate is of scores and lengths (B,), all of the same B, got {sorted(shapes)}")
         if not (scores.isfinite().all() and other_scores.isfinite().all()):
             raise UserError("a win rate is of finite scores")
-        self.wins.append(((scores > other_scores).double() + (scores >= other_scores).double()) / 2)
-        self.longer.append((lengths - other_lengths).double())
-        self.prompts.append(prompts.long())
+        self.keep("wins", ((scores > other_scores).double() + (scores >= other_scores).double()) / 2)
+        self.keep("longer", lengths - other_lengths)
+        self.keep("prompts", prompts)
 
     def compute(self) -> WinRates:
-        rows = torch.stack([dim_zero_cat(self.wins), dim_zero_cat(self.longer)], dim=1).cpu()
-        prompts = dim_zero_cat(self.prompts).cpu()
+        rows = torch.stack([self.kept("wins"), self.kept("longer")], dim=1)
+        prompts = self.kept("prompts")
         groups = torch.where(prompts < 0, -1 - torch.arange(len(prompts)), prompts)
         plain, controlled = self.resamples
         return WinRates(
@@ -130,7 +125,7 @@ class PairScores(NamedTuple):
     bins: list[dict[str, float]]
 
 
-class PairAccuracy(Metric):
+class PairAccuracy(KeepingMetric):
     """Accuracy and calibration of scores on pairs, of which a Bradley-Terry model says P(chosen) = sigmoid(margin).
 
     The expected calibration error (Guo et al. 2017, arXiv:1706.04599) is torchmetrics', of pairs in both orders: which
@@ -142,15 +137,12 @@ class PairAccuracy(Metric):
     0.5
     """
 
-    full_state_update = False
     higher_is_better = True
-    margins: list[Tensor]
-    texts: list[Tensor]
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.add_state("margins", default=[], dist_reduce_fx="cat")
-        self.add_state("texts", default=[], dist_reduce_fx="cat")
+        self.add_rows("margins", torch.double)
+        self.add_rows("texts", torch.long, 2)
 
     def update(self, chosen: Tensor, rejected: Tensor, texts: Tensor | None = None) -> None:
         """Scores (B,) of the chosen and of the rejected texts.
@@ -160,16 +152,15 @@ class PairAccuracy(Metric):
         """
         if chosen.shape != rejected.shape or chosen.ndim != 1:
             raise UserError(f"pairs have scores (B,), got {tuple(chosen.shape)} and {tuple(rejected.shape)}")
-        self.margins.append((chosen - rejected).double())
-        none = torch.full((len(chosen), 2), -1, device=chosen.device)
-        self.texts.append(none if texts is None else texts.to(none))
+        self.keep("margins", chosen - rejected)
+        self.keep("texts", torch.full((len(chosen), 2), -1) if texts is None else texts)
 
     def compute(self) -> PairScores:
-        margins = dim_zero_cat(self.margins).cpu()
+        margins = self.kept("margins")
         both = torch.sigmoid(torch.cat([margins, -margins]))
         labels = torch.cat([torch.ones_like(margins), torch.zeros_like(margins)]).long()
         right = ((margins > 0).double() + (margins >= 0).double()) / 2
-        texts = dim_zero_cat(self.texts).cpu()
+        texts = self.kept("texts")
         return PairScores(
             bootstrap(right) if (texts < 0).any() else _of_pairs(right, texts),
             float(binary_calibration_error(both, labels, n_bins=10, norm="l1")),
@@ -197,7 +188,7 @@ def _of_pairs(right: Tensor, texts: Tensor) -> Interval:
     pairs with a text in common, of the products of what each is above the mean.
     """
     mean = right.mean()
-    if len(right) == 1:
+    if len(right) < 2:
         return Interval(float(mean), float("nan"), float("nan"))
     above, distinct = right - mean, texts.unique(return_inverse=True)
     of_text = torch.zeros(len(distinct[0])).to(right).index_add_(0, distinct[1].T.flatten(), above.repeat(2))

@@ -75,32 +75,56 @@ def bootstrap(
     return Interval(value, low, high)
 
 
-class TextMetric(Metric):
-    """Keeps all texts, as bytes, so that processes can put theirs together."""
+class KeepingMetric(Metric):
+    """Keeps rows, which processes put together; one that has seen none, as where there are few batches, adds none."""
 
     full_state_update = False
-    bytes_: list[Tensor]
-    sizes: list[Tensor]
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.add_state("bytes_", default=[], dist_reduce_fx="cat")
-        self.add_state("sizes", default=[], dist_reduce_fx="cat")
+        self._nothing: dict[str, Tensor] = {}
+
+    def add_rows(self, name: str, dtype: torch.dtype, *shape: int) -> None:
+        """Adds a state ``name`` of rows of a shape."""
+        self.add_state(name, default=[], dist_reduce_fx="cat")
+        self._nothing[name] = torch.zeros(0, *shape, dtype=dtype)
+
+    def keep(self, name: str, rows: Tensor) -> None:
+        getattr(self, name).append(rows.to(self.device, self._nothing[name].dtype))
+
+    def kept(self, name: str) -> Tensor:
+        """All rows so far, on the CPU, those of other processes too once they are synchronised."""
+        state = getattr(self, name)
+        return dim_zero_cat(state).cpu() if len(state) else self._nothing[name]
+
+    def sync(self, *arguments: Any, **settings: Any) -> None:
+        """torchmetrics' own; where there is nothing yet, that puts floats together with the others' rows."""
+        for name, nothing in self._nothing.items():
+            if len(getattr(self, name)) == 0:
+                self.keep(name, nothing)
+        super().sync(*arguments, **settings)
+
+
+class TextMetric(KeepingMetric):
+    """Keeps all texts, as bytes, so that processes can put theirs together."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.add_rows("bytes_", torch.uint8)
+        self.add_rows("sizes", torch.long)
 
     def update(self, texts: Sequence[str]) -> None:
         encoded = [text.encode("utf-8", errors="replace") for text in texts]
         joined = bytearray(b"".join(encoded))
-        self.bytes_.append(torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.zeros(0, dtype=torch.uint8))
-        self.sizes.append(torch.tensor([len(text) for text in encoded], dtype=torch.long))
+        self.keep("bytes_", torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.zeros(0))
+        self.keep("sizes", torch.tensor([len(text) for text in encoded]))
 
     @property
     def texts(self) -> list[str]:
         """All texts so far, those of other processes too once they are synchronised."""
-        if len(self.sizes) == 0:
-            return []
-        joined = dim_zero_cat(self.bytes_).cpu().numpy().tobytes()
+        joined = self.kept("bytes_").numpy().tobytes()
         texts, start = [], 0
-        for size in dim_zero_cat(self.sizes).tolist():
+        for size in self.kept("sizes").tolist():
             texts.append(joined[start : start + size].decode("utf-8"))
             start += size
         return texts

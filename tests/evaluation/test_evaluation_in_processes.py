@@ -48,6 +48,10 @@ def say_all(rank, folder):
         metric = make()
         metric.update(*rows(SHARES[rank]))
         found[name] = said(metric)
+        late = make()
+        if rank == 1:
+            late.update(*rows(slice(None)))
+        found[f"{name}, of one process alone"] = said(late)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 
@@ -71,6 +75,7 @@ def test_two_processes_together_say_what_one_says(tmp_path):
         metric = make()
         metric.update(*rows(slice(None)))
         compare(one[name], said(metric))
+        compare(one[f"{name}, of one process alone"], said(metric))
 
 
 def compare(found, expected):

@@ -11,6 +11,7 @@ from lit_rlhf.evaluation import (
     EmptyRate,
     PairAccuracy,
     PassAtK,
+    Perplexity,
     RefusalRate,
     SelfBLEU,
     WinRate,
@@ -75,6 +76,15 @@ def test_empty_and_refusing_completions_are_counted():
     assert measured(RefusalRate(["fin"]), texts) == pytest.approx(1 / 8)
     assert merged(EmptyRate(), EmptyRate, [(texts[:2],), (texts[2:],)]) == pytest.approx(2 / 8)
     assert math.isnan(measured(EmptyRate(), []))
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+@pytest.mark.parametrize("make", [DistinctN, SelfBLEU, EmptyRate, RefusalRate, PassAtK, WinRate, PairAccuracy, Perplexity])
+def test_nothing_has_no_mean(make):
+    found = make().compute()
+    if isinstance(found, tuple):
+        found = found[0]
+    assert all(map(math.isnan, found if isinstance(found, tuple) else [found]))
 
 
 def test_pass_at_k_is_the_unbiased_estimate():
