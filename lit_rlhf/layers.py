@@ -1,7 +1,8 @@
-"""The layers of a transformers model: what is sharded, compiled and counted one by one."""
+"""The layers of a transformers model: what is sharded, compiled and counted one by one, and how wide its states are."""
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from lit_rlhf.errors import UserError
 
@@ -10,6 +11,12 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     """The modules that the model's class names as not to be split: its layers."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def state_size(config: PreTrainedConfig) -> int:
+    """The width of a model's last hidden states: some of OPT's project them back to that of their embeddings."""
+    text = config.get_text_config()
+    return getattr(text, "word_embed_proj_dim", text.hidden_size)
 
 
 def compile_layers(model: nn.Module) -> None:

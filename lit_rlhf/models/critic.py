@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from lit_rlhf.distributed import rank, whole
 from lit_rlhf.errors import UserError
-from lit_rlhf.layers import compile_layers
+from lit_rlhf.layers import compile_layers, state_size
 from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.policy import Policy, PolicyOutput
 from lit_rlhf.models.sources import NO_CODE, not_loaded, resolve_model
@@ -85,12 +85,12 @@ class SeparateCritic(nn.Module):
             except Exception as error:  # of whatever is in the folder
                 raise not_loaded("critic.init", init, "critic", error) from error
             _require_same_vocabulary(init, self.backbone, policy)
-            self.head = _Head(self.backbone.config.get_text_config().hidden_size)
+            self.head = _Head(state_size(self.backbone.config))
             load_head(self.head, init)
         else:
             model = _load_reward_model(init, policy)
             self.backbone = model.base_model
-            self.head = _Head(model.config.get_text_config().hidden_size)
+            self.head = _Head(state_size(model.config))
             with torch.no_grad():
                 self.head.weight.copy_(model.score.weight)
         if init != "policy":  # whose attention somebody may have named

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lit_rlhf.distributed import rank
 from lit_rlhf.errors import UserError
+from lit_rlhf.layers import state_size
 
 HEADS_FILE, GUIDANCE_FILE = "q_heads.safetensors", "guidance.json"
 
@@ -147,7 +148,7 @@ def load_guidance(folder: str | Path, model: PreTrainedModel) -> GuidedModel | P
     try:
         guidance = json.loads((folder / GUIDANCE_FILE).read_text())
         with torch.device("meta"):  # else each would first draw its weights: seconds with a large vocabulary
-            heads = nn.ModuleList(Head(config.hidden_size, config.vocab_size) for _ in range(guidance["heads"]))
+            heads = nn.ModuleList(Head(state_size(config), config.vocab_size) for _ in range(guidance["heads"]))
         heads.load_state_dict(load_file(folder / HEADS_FILE), assign=True)
         return GuidedModel(model, heads.eval(), beta=guidance["beta"], prior=guidance["prior"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

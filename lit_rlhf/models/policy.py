@@ -22,7 +22,7 @@ from lit_rlhf.checks import check_int
 from lit_rlhf.distributed import rank, shard, whole
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import entropy_from_logits, selective_logprobs
-from lit_rlhf.layers import compile_layers
+from lit_rlhf.layers import compile_layers, state_size
 from lit_rlhf.models.attention import use_fitting_attention
 from lit_rlhf.models.guided import GUIDANCE_FILE, GuidedModel, load_guidance
 from lit_rlhf.models.packed import decoding_layers, use_decoding_layers
@@ -195,7 +195,8 @@ class Policy(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        return self.base.config.get_text_config().hidden_size
+        """The width of the states in which tokens are chosen."""
+        return state_size(self.base.config)
 
     @property
     def vocabulary(self) -> int:

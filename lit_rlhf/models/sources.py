@@ -147,6 +147,7 @@ def _reason(error: Exception) -> str:
             "that transformers knows or, having read that code, set trust_remote_code=true of policy=pretrained, "
             "reward=model or algorithm=reward_model"
         )
+    text = text.partition(" Model type should be one of")[0]  # a hundred of them
     return f"{type(error).__name__}: {text}" if not isinstance(error, OSError | ValueError) else text
 
 

@@ -79,7 +79,9 @@ def test_empty_and_refusing_completions_are_counted():
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
-@pytest.mark.parametrize("make", [DistinctN, SelfBLEU, EmptyRate, RefusalRate, PassAtK, WinRate, PairAccuracy, Perplexity])
+@pytest.mark.parametrize(
+    "make", [DistinctN, SelfBLEU, EmptyRate, RefusalRate, PassAtK, WinRate, PairAccuracy, Perplexity]
+)
 def test_nothing_has_no_mean(make):
     found = make().compute()
     if isinstance(found, tuple):

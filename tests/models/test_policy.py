@@ -4,10 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import LORA, Prompts, letters, tiny_model, tiny_policy
-from transformers import pipeline
+from transformers import AutoModelForSequenceClassification, pipeline
 
 from lit_rlhf.algorithms import PPO
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.critic import SeparateCritic, ValueHead
+from lit_rlhf.models.guided import QHeads, save_guidance
 from lit_rlhf.models.policy import Policy, byte_tokenizer
 from lit_rlhf.rollout.sampler import Sampler
 from lit_rlhf.sample import complete
@@ -113,6 +115,30 @@ def test_a_saved_folder_answers_a_conversation_in_transformers_as_sample_does(tm
     for chat, text in zip(chats, ours, strict=True):
         [found] = answer(chat, do_sample=False, max_new_tokens=12)
         assert found["generated_text"] == [*chat, {"role": "assistant", "content": text}]
+
+
+def test_critics_and_q_heads_read_the_states_that_tokens_are_chosen_in(tmp_path):
+    """OPT's may be narrower than its layers (here 16 of 32, of opt-350m 512 of 1024)."""
+    policy = tiny_policy("opt")
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    tokens = (IDS, mask, IDS[:, :3], mask[:, :3])
+    output = policy(*tokens)
+    assert output.hidden.shape == (2, 4, 16)
+    critic = SeparateCritic(policy)
+    critic.head.weight.data.normal_()
+    critic.save(tmp_path)
+    assert ValueHead(policy)(output).shape == critic(output, *tokens).shape == (2, 4)
+    again = SeparateCritic(policy, init=str(tmp_path / "critic"))
+    assert torch.equal(again(output, *tokens), critic(output, *tokens))
+    policy.save(tmp_path)
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    scorer.save_pretrained(tmp_path / "scorer")
+    values = SeparateCritic(policy, init=str(tmp_path / "scorer"))(output, *tokens)
+    scores = scorer(input_ids=torch.cat([IDS, IDS[:, :3]], 1)).logits
+    torch.testing.assert_close(values[:, -1:], scores)
+    heads = QHeads(policy.hidden_size, policy.vocabulary, count=2)
+    save_guidance(tmp_path, heads.targets, beta=1.0, prior=1.0)
+    assert Policy.from_pretrained(path=str(tmp_path)).base.heads[0].inner.in_features == 16
 
 
 def test_a_folder_without_a_tokenizer_says_so(tmp_path):

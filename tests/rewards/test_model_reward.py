@@ -8,6 +8,7 @@ import pytest
 import torch
 from classifiers import SHAPES, save_classifier
 from ppo_runs import fit, make
+from tiny import tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf.errors import UserError
@@ -223,6 +224,12 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="no sequence classifier could be loaded"):
+        ModelReward(path=str(tmp_path))
+
+
+def test_a_kind_of_model_that_has_no_classifier_is_refused_in_few_words(tmp_path):
+    tiny_model("cohere").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no sequence classifier could be loaded: .*SequenceClassification\.$"):
         ModelReward(path=str(tmp_path))
 
 
