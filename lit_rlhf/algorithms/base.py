@@ -22,6 +22,7 @@ from lit_rlhf.algorithms.means import RunningMean
 from lit_rlhf.algorithms.steps import StepGuard
 from lit_rlhf.callbacks.checkpoints import Checkpoints
 from lit_rlhf.checkpoint_io import write_to_files
+from lit_rlhf.data.passes import HeldOutSource
 from lit_rlhf.distributed import FSDP2Strategy, gather, like, rank, shard, whole, world_size
 from lit_rlhf.errors import UserError
 from lit_rlhf.generators import from_plain, get_generators, set_generators, to_plain
@@ -308,7 +309,7 @@ class Algorithm(L.LightningModule):
             if hook is not None:
                 hook(self.trainer, self, *args)
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002  (Lightning's signature)
+    def setup(self, stage: str) -> None:
         # Every process sees all prompts and batches and takes its share of their rows itself.
         self.trainer._accelerator_connector.use_distributed_sampler = False
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
@@ -333,6 +334,9 @@ class Algorithm(L.LightningModule):
             precision = str(self.trainer.precision)
             cast = cast_dtype(precision, sharded=sharded)
             self.reference.place(strategy.root_device, cast, all_weights=precision.endswith("-true"))
+        loop = self.trainer.fit_loop.epoch_loop.val_loop if stage == "fit" else self.trainer.validate_loop
+        source = loop._data_source
+        loop._data_source = HeldOutSource(source.instance, source.name, self.seed)
 
     def configure_model(self) -> None:
         """Shards the models that train where the strategy is FSDP2."""

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.utilities import CombinedLoader
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.generators import get_generators, seed_generators, set_generators
@@ -44,10 +47,7 @@ class SeededPasses:
 
     def next_batch(self) -> Any:
         """The next batch, or END_OF_PASS once after each pass."""
-        with self._own_generators():
-            if self._iterator is None:
-                self._start()
-            batch = next(self._iterator, END_OF_PASS)
+        batch = self.draw()
         if batch is END_OF_PASS:
             if self.batch == 0:
                 raise UserError(
@@ -60,6 +60,13 @@ class SeededPasses:
         else:
             self.batch += 1
         return batch
+
+    def draw(self) -> Any:
+        """A batch of the current pass, or END_OF_PASS."""
+        with self._own_generators():
+            if self._iterator is None:
+                self._start()
+            return next(self._iterator, END_OF_PASS)
 
     def _start(self) -> None:
         seed = derive_seed(self.seed, self.number)
@@ -92,6 +99,43 @@ class SeededPasses:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.number, self.batch, self._iterator = state["number"], state["batch"], None
+
+
+class SamePass:
+    """``loader``, with the batches of its first seeded pass whenever it is iterated over.
+
+    Completions of held-out prompts can only be compared if the prompts come in the same order each time.
+    """
+
+    def __init__(self, loader: Iterable[Any], seed: int) -> None:
+        self.loader = loader
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        passes = SeededPasses(self.loader, self.seed)
+        while (batch := passes.draw()) is not END_OF_PASS:
+            yield batch
+
+
+@dataclass
+class HeldOutSource(_DataLoaderSource):
+    """Where a user's validation loaders come from, each of them in a ``SamePass``."""
+
+    seed: int
+
+    def dataloader(self) -> CombinedLoader:
+        loaders = super().dataloader()
+        loaders = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
+        loaders.flattened = [self._same(loader) for loader in loaders.flattened]
+        return loaders
+
+    def _same(self, loader: Any) -> Any:
+        if isinstance(loader, list | SamePass) or not isinstance(loader, Iterable):  # Lightning says what is no loader
+            return loader
+        return SamePass(loader, self.seed)
 
 
 def _parts(loader: Any) -> Iterator[Any]:

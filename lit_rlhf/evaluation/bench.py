@@ -138,6 +138,7 @@ class Bench:
         self.run: Run | None = None
         self.reference: Reference | None = None
         self.vocabulary: dict[str, int] = {}  # of the reference
+        self.prompts: list[str] = []
         base = subject.config
         precision = {"precision": resolve_precision(base)}
         if "completions" in subject.measures:
@@ -229,8 +230,13 @@ class Bench:
         trainer.callbacks.remove(keep)
         if not keep.rows:
             raise UserError("there are no held-out prompts: the data's val_dataloader is empty")
-        if len(keep.rows) % self.samples:
-            raise UserError("samples_per_prompt: the data gives other held-out prompts when it is asked again")
+        prompts = [row["prompt"] for row in keep.rows]
+        self.prompts = self.prompts or prompts[: len(prompts) // self.samples]
+        if prompts != self.prompts * self.samples:  # they could not be compared
+            raise UserError(
+                "the held-out prompts are not the same each time: the data gives others when it is asked again, or a "
+                "reward that failed has left a batch out"
+            )
         names = algorithm.last_row.items()
         return keep.rows, {name.removeprefix("val/"): value for name, value in names if name.startswith("val/")}
 

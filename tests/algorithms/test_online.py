@@ -138,6 +138,19 @@ def test_held_out_metrics_can_be_monitored_whenever_they_are_measured(trainer, t
     assert (tmp_path / "best.ckpt").exists()
 
 
+def test_every_validation_has_its_prompts_in_the_same_order(trainer):
+    """Completions of the same prompts and random numbers are compared over time."""
+
+    class Shuffled(Prompts):
+        def val_dataloader(self):
+            return DataLoader([{"prompt": text} for text in self.texts], shuffle=True, generator=torch.Generator())
+
+    watch = fit(trainer, make(), data=Shuffled(), max_epochs=3, check_val_every_n_epoch=1)
+    orders = [[s["prompt"] for s in watch.samples if (s["split"], s["iteration"]) == ("validation", n)]
+              for n in (1, 2, 3)]  # fmt: skip
+    assert orders[0] == orders[1] == orders[2] != sorted(orders[0])
+
+
 def test_prompts_of_several_validation_loaders_are_measured_together(trainer):
     class Two(Prompts):
         def val_dataloader(self):

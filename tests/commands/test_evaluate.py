@@ -20,7 +20,21 @@ from lit_rlhf.rewards import CompositeReward, KeywordReward, VerifierReward
 from lit_rlhf.train import read_checkpoint
 
 MODULE = """
-import zlib
+import itertools, zlib
+import lightning as L
+from torch.utils.data import DataLoader
+
+class Shuffled(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([{"prompt": text} for text in ("A film", "The plot", "I", "It", "So", "She")], shuffle=True)
+
+    val_dataloader = train_dataloader
+
+class Fresh(Shuffled):
+    counter = itertools.count()
+
+    def val_dataloader(self):
+        return DataLoader([{"prompt": f"film {next(self.counter)}"}])
 
 def ends_in_a_vowel(prompts, completions, **columns):
     return [float(bool(text) and text[-1] in "aeiou") for text in completions]
@@ -56,6 +70,23 @@ def runs(tmp_path_factory):
 def here(runs, monkeypatch):
     monkeypatch.chdir(runs)
     return runs
+
+
+def test_a_shuffled_loader_gives_all_policies_the_same_prompts_in_every_pass(here, monkeypatch):
+    write_module(here, "shuffled", MODULE)
+    monkeypatch.syspath_prepend(here)
+    evaluation("run=one", "data._target_=shuffled.Shuffled", "samples_per_prompt=2", "temperatures=[0.5,1]")
+    rows = [row["prompt"] for row in samples()]
+    assert len(set(rows[:6])) == 6
+    assert rows == rows[:6] * 8  # two policies, temperatures and samples
+
+
+def test_data_that_gives_other_prompts_each_time_is_refused(here, monkeypatch):
+    write_module(here, "shuffled", MODULE)
+    monkeypatch.syspath_prepend(here)
+    result = run_here("eval", "run=one", "data._target_=shuffled.Fresh", "paths.output_dir=fresh")
+    assert result.code == 1
+    assert "the held-out prompts are not the same each time" in result.err
 
 
 def test_a_run_is_compared_with_its_start_and_with_another_run_on_the_same_prompts(here):
