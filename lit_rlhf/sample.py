@@ -1,5 +1,6 @@
 """Completions of policies side by side, on the same prompts and random numbers: ``lit-rlhf sample``."""
 
+import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from lit_rlhf.data.prompts import as_lines, prompt_problem
 from lit_rlhf.data.text_files import opened, read_jsonl
 from lit_rlhf.data.tokenize import tokenize_prompts
 from lit_rlhf.errors import UserError, printable
-from lit_rlhf.evaluation.policies import load_policy, named_by
+from lit_rlhf.evaluation.policies import load_policy, named_by, said_of
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rewards.scoring import Reward, freeze, score
@@ -78,7 +79,8 @@ def side_by_side(
         opening = before[name] if before else []
         asked = [opening + require_chat(row["prompt"]) if chat and isinstance(row["prompt"], str) else row["prompt"]
                  for row in rows]  # fmt: skip
-        texts = complete(policy, asked, sampler, seed, episodes)
+        with said_of(name):
+            texts = complete(policy, asked, sampler, seed, episodes)
         scores = None if reward is None else score(reward, asked, texts, {}).total.tolist()
         for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
             row["completions"][name] = text
@@ -137,6 +139,8 @@ def read_prompts(prompts: Any) -> list[str | Chat]:
 
 def typed() -> Iterator[str]:
     """Prompts from the terminal, or from what is piped in, until an empty line."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is a bad prompt, no end
     while True:
         if sys.stdin.isatty():
             print("prompt> ", end="", flush=True)
@@ -190,6 +194,8 @@ def main(config: DictConfig) -> None:
             said = dict.fromkeys(names, opening)
             continue
         try:
+            if problem := prompt_problem(prompt):
+                raise UserError(f"what was typed {problem}")
             rows = side_by_side(policies, [prompt], sampler, first=number, before=said, reward=reward, **settings)
         except UserError as error:  # of this prompt: it is too long, say
             hint = f"\n{_NEW} begins a new conversation" if settings["chat"] else ""

@@ -266,6 +266,13 @@ def test_a_detector_goes_on_from_its_state_to_the_bit(name):
             assert repr(second.measure(item)) == repr(reading)
 
 
+class Stateless:
+    """What a resumed run could not go on with."""
+
+    def measure(self, iteration):
+        return None
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -282,7 +289,8 @@ def test_a_detector_goes_on_from_its_state_to_the_bit(name):
         (lambda: HackingMonitor(baseline=1), r"callbacks\.hacking\.baseline must be .* at least 2, got 1"),
         (lambda: HackingMonitor(evidence=0), r"callbacks\.hacking\.evidence must be"),
         (lambda: HackingMonitor(factor=1), r"callbacks\.hacking\.factor must be .* above 1"),
-        (lambda: HackingMonitor(detectors={"a": 3}), r"callbacks\.hacking\.detectors\.a must be a detector"),
+        (lambda: HackingMonitor(detectors={"a": 3}), r"detectors\.a must be a lit_rlhf\.hacking\.Detector, got 3"),
+        (lambda: HackingMonitor(detectors={"a": Stateless()}), r"hacking\.detectors\.a must be a lit_rlhf"),
         (lambda: HackingMonitor(detectors=[Phrase()]), r"callbacks\.hacking\.detectors must map names"),
     ],
 )

@@ -280,8 +280,8 @@ def _checked(detectors: Mapping[str, Detector | None]) -> dict[str, Detector]:
     if not isinstance(detectors, Mapping):
         raise UserError(f"callbacks.hacking.detectors must map names to detectors, got {detectors!r}")
     for name, detector in detectors.items():
-        if detector is not None and not callable(getattr(detector, "measure", None)):
-            raise UserError(f"callbacks.hacking.detectors.{name} must be a detector with measure(), got {detector!r}")
+        if detector is not None and not isinstance(detector, Detector):
+            raise UserError(f"callbacks.hacking.detectors.{name} must be a lit_rlhf.hacking.Detector, got {detector!r}")
     return {name: detector for name, detector in detectors.items() if detector is not None}
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lit_rlhf.config import instantiate
 from lit_rlhf.errors import UserError
 from lit_rlhf.evaluation.held_out import documents, measure_texts
-from lit_rlhf.evaluation.policies import load_policy, load_weights, named_by
+from lit_rlhf.evaluation.policies import load_policy, load_weights, named_by, said_of
 from lit_rlhf.evaluation.summary import Rows, summarize, verified
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, make_reference, require_same_reference
@@ -208,12 +208,13 @@ class Bench:
                 if temperature is not None:
                     algorithm.sampler.temperature = temperature
                 key = f"{algorithm.sampler.temperature:g}"
-                rows, metrics = self._complete()
+                with said_of(name):
+                    rows, metrics = self._complete()
                 settings = {"samples": self.samples, "right": self._known(rows), "kl": knows and name != REFERENCE}
                 found.rows[name][key] = rows
                 found.policies[name][key] = summarize(rows, metrics, **settings)
         if self.texts:
-            with self.trainer.precision_plugin.forward_context():
+            with self.trainer.precision_plugin.forward_context(), said_of(name):
                 found.perplexity[name] = measure_texts(policy.to(self.device), self.texts)
 
     def _known(self, rows: Rows) -> list[str]:

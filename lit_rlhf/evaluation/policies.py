@@ -32,6 +32,15 @@ def named_by(key: str) -> Iterator[None]:
         raise UserError(str(error).replace("policy.path=", f"{key}=")) from error
 
 
+@contextmanager
+def said_of(name: str) -> Iterator[None]:
+    """Lets an error say which of several policies it is of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
 def load_policy(name: str) -> Policy:
     """The policy that ``name`` stands for, in evaluation mode.
 

@@ -208,6 +208,7 @@ def test_a_reward_model_is_no_policy(command, arguments, message, here):
         (["run=one", "reference=nowhere"], "reference=nowhere"),
         (["run=one", "checkpoint=null", "reward@judge=vader"], "there are no two policies"),
         (["run=one", "kl.coef=1"], "kl"),
+        (["run=one", "data=chats", "against=[two]"], "reference: the prompts of data are chats"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(arguments, message, here):

@@ -79,6 +79,13 @@ def test_what_is_typed_is_answered_until_an_empty_line(monkeypatch):
     assert "unread" not in result.out
 
 
+def test_a_line_that_is_not_utf_8_is_refused_and_the_next_one_read(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n\xff\xfe\nna\xc3\xafve\n"), encoding="utf-8"))
+    rows, result = sampled("policies=[a]")
+    assert [row["prompt"] for row in rows] == ["one", "naïve"]
+    assert "what was typed has half a character" in result.out
+
+
 def test_runs_and_checkpoints_are_policies_too():
     checkpoint = next(Path("run/checkpoints").glob("step=*.ckpt"))
     rows, _ = sampled(f"policies=[run,run/model,'{checkpoint}']", "prompts=[one]")
@@ -161,7 +168,7 @@ def test_a_conversation_that_has_become_too_long_says_how_to_begin_another(chatt
         (["policies=[a]", "prompts=[' ']"], "prompts: number 1 is empty"),
         (["policies=[nowhere]", "prompts=[a]"], "policies=nowhere"),
         (["policies=[a]", "prompts=[a]", "samples_per_prompt=0"], "samples_per_prompt"),
-        (["policies=[a]", "prompts=[a]", "chat=true"], "no chat template"),
+        (["policies=[a,b]", "prompts=[a]", "chat=true"], "a: the prompts of data are chats, but"),
         (["policies=[a]", "prompts=[[{role: user}]]"], "prompts: number 1 has a message without role and content"),
         (["policies=[a]", "prompts=[{role: user, content: Hi}]"], "prompts: number 1 is neither a text nor"),
         (["policies=[a]", "prompts=[null]"], "prompts: number 1 is neither a text nor a list of messages: None"),
