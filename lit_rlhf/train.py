@@ -237,7 +237,7 @@ def _train(run: Run, config: DictConfig, start: float) -> None:
     checkpoint = first_decides(run.trainer, partial(find_checkpoint, config.ckpt_path, run))
     if checkpoint is not None:
         require_everywhere(checkpoint)
-    continued = checkpoint is not None and Path(checkpoint).absolute().is_relative_to(run.folder)
+    continued = checkpoint is not None and _lies_in(run.folder, Path(checkpoint))
     before = read_summary(run.folder) if continued else {}
     if first:
         if not continued:
@@ -354,6 +354,15 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
             f"ckpt_path={path} is a {kinds[0]} checkpoint, and this run's trainer.strategy is {kinds[1]} one. Continue "
             f"with {'trainer=fsdp2' if path.is_dir() else 'another trainer than fsdp2'}"
         )
+    epochs = stored["loops"]["fit_loop"]["epoch_progress"]["current"]["started"]
+    for unit, done, most in (
+        ("epochs", epochs, run.trainer.max_epochs), ("steps", stored["global_step"], run.trainer.max_steps),
+    ):  # fmt: skip
+        if most is not None and -1 < most < done:
+            raise UserError(
+                f"trainer.max_{unit}={most}: the checkpoint {path} is of {done} {unit} already. Give no fewer, or "
+                "start a new run in another folder (paths.output_dir=...)"
+            )
     if stored["config"]:  # else it comes from a script's own Trainer
         if changed := differences(stored["config"], run.config, _MAY_DIFFER + _MAY_CHANGE):
             raise UserError(
@@ -365,6 +374,12 @@ def find_checkpoint(ckpt_path: str | None, run: Run) -> str | None:
             log.warning("From the checkpoint %s on, these keys differ (checkpoint -> now):\n  %s",
                         path, "\n  ".join(changed))  # fmt: skip
     return str(path)
+
+
+def _lies_in(folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the run in ``folder``, on the way to which, or in which, there may be links."""
+    places = [folder.resolve(), (folder / "checkpoints").resolve()]
+    return any(checkpoint.resolve().is_relative_to(place) for place in places)
 
 
 def newest_good(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:

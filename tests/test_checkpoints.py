@@ -299,6 +299,32 @@ def test_a_complete_run_started_again_stays_as_it_is(whole):
     assert names("run/checkpoints") == names(whole / "checkpoints")
 
 
+@pytest.mark.parametrize("linked", ["run", "run/checkpoints", "above"])
+def test_a_run_behind_a_link_is_continued(whole, linked):
+    run = Path("above/run" if linked == "above" else "run")
+    run.parent.mkdir(exist_ok=True)
+    shutil.copytree(whole, run, symlinks=True)
+    remove(written(run / "checkpoints")[0])
+    Path(linked).rename("elsewhere")
+    Path(linked).symlink_to(Path("elsewhere").absolute())
+    result = run_here(*RUN, f"paths.output_dir={run}")
+    assert result.code == 0, result.err
+    assert "iteration 3/4" not in result.out
+    assert rows(run) == rows(whole)
+    assert model(run) == model(whole)
+
+
+@pytest.mark.parametrize(("length", "done"), [("trainer.max_epochs=3", "epochs=4"), ("trainer.max_steps=7", "steps=8")])
+def test_a_run_that_is_to_be_shorter_than_it_is_already_is_refused_and_stays_as_it_is(whole, length, done):
+    shutil.copytree(whole, "run", symlinks=True)
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    result = run_here(*RUN, "paths.output_dir=run", length)
+    assert result.code == 1
+    assert f"{length}: the checkpoint" in result.err
+    assert f"is of {done[-1]} {done[:-2]}" in result.err
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
 def test_a_checkpoint_of_an_older_layout_is_continued_from(whole):
     """One file that is overwritten, as a ModelCheckpoint of the user's may write it, without a checksum."""
     shutil.copytree(whole, "run", symlinks=True)
