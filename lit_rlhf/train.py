@@ -3,6 +3,7 @@
 import gc
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from lit_rlhf.metrics import lookup
 from lit_rlhf.preemption import Preempted, asked_to_stop, listening, not_listening
 from lit_rlhf.quiet import quiet
 from lit_rlhf.run_folder import CONFIG, SUMMARY, read_summary, replace_file, write_summary, writing
+from lit_rlhf.run_lock import alone_in
 from lit_rlhf.sweep import in_multirun, label_job, stop_between_jobs
 from lit_rlhf.terminal import print_config
 from lit_rlhf.train_command import main
@@ -222,7 +224,8 @@ def train_here(config: DictConfig | dict[str, Any]) -> None:
         # It starts no process, but notes this one's rank in the environment, which the next run would take for its own.
         run.trainer.strategy._launcher = None
     stops = any(isinstance(callback, Checkpoints) for callback in run.trainer.callbacks)
-    with listening() if stops else not_listening():  # without Checkpoints, signals do what they always do
+    with listening() if stops else not_listening(), ExitStack() as held:  # without Checkpoints, signals do as always
+        first_decides(run.trainer, lambda: held.enter_context(alone_in(run.folder)))
         _train(run, config, start)
 
 
@@ -242,7 +245,6 @@ def _train(run: Run, config: DictConfig, start: float) -> None:
     if first:
         if not continued:
             require_unused(run.folder)
-        make_folder(run.folder)
         for left in run.folder.glob("*.tmp"):
             left.unlink()  # what a kill has left of a file that was being written
         replace_file(run.folder / CONFIG, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
@@ -433,14 +435,6 @@ def validate(run: Run) -> None:
         if "invalid dataloader" not in str(error):
             raise
         raise UserError(f"config key 'data': {error}") from error
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a run's folder; raises UserError where that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"paths.output_dir={folder} cannot be made: {error.strerror}") from error
 
 
 def require_unused(folder: Path) -> None:

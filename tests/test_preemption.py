@@ -16,6 +16,7 @@ from wandb_file import runs
 
 from lit_rlhf.distributed import run_in_processes
 from lit_rlhf.preemption import PREEMPTED, Preempted, listening
+from lit_rlhf.run_lock import LOCK
 
 #: Three iterations of four steps.
 RUN = [*TINY, "algorithm.ppo_epochs=2", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2", "ckpt_path=auto"]
@@ -291,3 +292,54 @@ def test_an_ignored_signal_stays_ignored():
     script = script.replace("assert asked", "assert not asked")
     result = subprocess.run([sys.executable, "-c", script, "SIGINT"], env=environment(), capture_output=True, text=True)
     assert result.stdout == "alive\nstill alive\n", result.stderr
+
+
+# ---- a run whose folder another process still trains in ------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lit_rlhf.run_lock import alone_in
+with alone_in(Path("cut")):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+def hold(seconds):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(seconds)], stdout=subprocess.PIPE, env=environment())
+    assert holder.stdout.readline() == b"held\n"
+    return holder
+
+
+def test_a_run_waits_until_no_other_process_trains_in_its_folder(whole):
+    with hold(4) as holder:
+        result = start()
+        assert holder.poll() == 0
+    assert result.code == 0, result.err
+    assert f"process {holder.pid} on " in result.out + result.err
+    assert_same(whole)
+    assert not Path("cut", LOCK).exists()
+
+
+def test_a_run_is_refused_while_another_process_goes_on_training_in_its_folder(monkeypatch):
+    monkeypatch.setattr("lit_rlhf.run_lock.PATIENCE", 0.5)
+    with hold(600) as holder:
+        result = start()
+        assert [path.name for path in Path("cut").iterdir()] == [LOCK]
+        holder.kill()
+    assert result.code == 1
+    assert f"process {holder.pid} on " in result.err
+    assert "trains there. Let it end" in result.err
+    assert start().code == 0  # the system has given back what was killed
+
+
+def test_a_signal_ends_the_wait_for_another_process():
+    with hold(600) as holder:
+        command = [sys.executable, "-m", "lit_rlhf", "train", *RUN, "paths.output_dir=cut"]
+        waiting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+        assert any(b"waiting up to a minute" in line for line in waiting.stdout)
+        waiting.send_signal(signal.SIGTERM)
+        waiting.communicate(timeout=30)
+        holder.kill()
+    assert waiting.returncode == PREEMPTED
