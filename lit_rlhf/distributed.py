@@ -9,8 +9,10 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -329,6 +331,7 @@ def _process(
     os.environ.update(environment)  # the server's is as old as the first run
     names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": number, "RANK": number, "WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in names.items()})
+    threading.Thread(target=_stop_without_parent, daemon=True).start()
     quiet()
     torch.set_num_threads(threads)
     logging.basicConfig(level=logging.INFO if number == 0 else logging.ERROR)
@@ -340,3 +343,9 @@ def _process(
     except UserError as error:
         (Path(folder) / str(number)).write_text(str(error))
         raise
+
+
+def _stop_without_parent() -> None:
+    """Stops this process, as SIGTERM does, when the one that started it is killed: nobody else would end it."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)

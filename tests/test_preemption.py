@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,24 @@ def test_an_ignored_signal_stays_ignored():
     script = script.replace("assert asked", "assert not asked")
     result = subprocess.run([sys.executable, "-c", script, "SIGINT"], env=environment(), capture_output=True, text=True)
     assert result.stdout == "alive\nstill alive\n", result.stderr
+
+
+def test_the_processes_of_a_run_stop_with_a_checkpoint_when_what_started_them_is_killed():
+    """Also where a shell, of a command in its background, has them ignore SIGINT."""
+    arguments = ["trainer=ddp", "trainer.devices=2", "trainer.precision=32-true", "trainer.max_epochs=100000"]
+    command = [sys.executable, "-m", "lit_rlhf", "train", *RUN, "trainer.accelerator=cpu", *arguments]
+    run = subprocess.Popen(
+        [*command, "paths.output_dir=cut"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    while not Path("cut/checkpoints/last.ckpt").exists():
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.1)
+    run.kill()
+    told, _ = run.communicate(timeout=60)  # when all of them have closed it
+    assert b"SIGTERM: stopping after this step" in told
+    assert summary()["status"] == "preempted"
+    assert not Path("cut", LOCK).exists()
 
 
 # ---- a run whose folder another process still trains in ------------------------------------------------------------
