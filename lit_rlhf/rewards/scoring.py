@@ -120,6 +120,8 @@ def _score(
     named = result if isinstance(result, Mapping) else {reward_name(reward): result}
     if not named:
         raise UserError(f"reward '{reward_name(reward)}' returned no components")
+    if odd := [name for name in map(str, named) if not name.isprintable()]:  # which no file gives back as it was
+        raise UserError(f"reward '{reward_name(reward)}' named a component {odd[0]!a}; a name has printable characters")
     components = {
         str(name): _checked(str(name), _padded(str(name), values, completion_ids), prompts, completions)
         for name, values in named.items()

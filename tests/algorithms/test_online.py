@@ -63,6 +63,8 @@ def test_bad_prompts_are_refused_by_name(trainer, rows, message):
         (lambda completions, **_: [None] * 8, "None for sample 0"),
         (lambda completions, **_: 1.0, "must return one number per completion"),
         (lambda completions, **_: {"a": [1.0] * 8, "b": [1.0] * 9}, "'b' returned 9 scores"),
+        (lambda completions, **_: {"two\nlines": [1.0] * 8}, r"named a component 'two\\nlines'"),
+        (lambda completions, **_: {"half \ud800": [1.0] * 8}, r"named a component 'half \\ud800'"),
     ],
 )
 def test_a_bad_reward_stops_the_run_before_anything_is_learned(trainer, reward, message):
@@ -122,7 +124,7 @@ def test_a_column_that_the_prompts_lack_is_refused_before_any_rollout(trainer, k
     def reward(prompts, completions, target, **_):
         return target
 
-    ppo = make(**{"reward": letters, key: reward})
+    ppo = make(**{"reward": letters, key: reward})  # which tries the policy
     monkeypatch.setattr(Sampler, "generate", lambda *_, **__: pytest.fail("rolled out"))
     with pytest.raises(UserError, match=f"'{key}': reward reads the column 'target' .* columns are number"):
         fit(trainer, ppo)
