@@ -36,7 +36,7 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     ),
 }
 #: Products of rows with the weights of the experts that they are sent to, forward and backward.
-_EXPERTS = {torch.ops.transformers.grouped_mm_fallback: 1, torch.ops.transformers.grouped_mm_fallback_backward: 2}
+_EXPERTS = {"transformers::grouped_mm_fallback": 1, "transformers::grouped_mm_fallback_backward": 2}
 #: These read as many entries of their first tensor as they return.
 _GATHERS = (_aten.embedding, _aten.index, _aten.gather, _aten.index_select)
 
@@ -115,8 +115,8 @@ class Trace(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], out: Any, outputs: list[Tensor]) -> None:
         flops, times, packet = 0, 1, func.overloadpacket
-        if packet in _EXPERTS:  # the same rows for every expert that has any; backward, two products of that size
-            times, packet, func = _EXPERTS[packet], _aten.bmm, _aten.bmm.default
+        if func.name() in _EXPERTS:  # the same rows for every expert that has any; backward, two products of that size
+            times, packet, func = _EXPERTS[func.name()], _aten.bmm, _aten.bmm.default
             rows, weight = args[:2]
             busy = min(len(rows), len(weight))
             args = (rows.new_empty(busy, -(-len(rows) // busy), rows.shape[1]), weight[:busy])
