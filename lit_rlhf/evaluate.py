@@ -21,7 +21,7 @@ from lit_rlhf.overrides import quote
 from lit_rlhf.pipeline import compose_stage
 from lit_rlhf.quiet import quiet
 from lit_rlhf.rewards.scoring import freeze
-from lit_rlhf.run_folder import CONFIG, EVALUATION, SAMPLES, finite, json_lines, replace_file
+from lit_rlhf.run_folder import CONFIG, EVALUATION, SAMPLES, finite, json_lines, replace_file, writing
 from lit_rlhf.train import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ def write(output: Path, result: dict[str, Any], measured: Measured) -> None:
     """Leaves ``evaluation.json``, ``samples.jsonl`` and ``report.html`` behind."""
     from lit_rlhf.report_evaluation import build_evaluation  # here, because its plotting library is slow to import
 
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     replace_file(output / EVALUATION, json.dumps(finite(result), indent=2) + "\n")
     lines = [
         {"policy": name, "temperature": float(key), **{k: v for k, v in row.items() if k not in ("iteration", "split")}}

@@ -194,7 +194,7 @@ def to_overrides(values: dict[str, Any]) -> list[str]:
 def _main(config: DictConfig) -> float | None:
     with listening():
         value = run_pipeline(config)
-        stop_between_jobs()
+        stop_between_jobs(value)
     return value
 
 

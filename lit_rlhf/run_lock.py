@@ -57,9 +57,10 @@ def _locked(folder: Path) -> TextIO:
                 return file
         else:
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
+                with writing(path):
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                    file.flush()
                 return file
             file.close()
             continue  # its owner has removed it meanwhile

@@ -74,7 +74,7 @@ class Sweep(Callback):
             import torch
 
             torch.set_num_threads(self._threads)
-        self._note(config, status="interrupted")  # what stays of a job that is killed
+        self._note(config.hydra, status="interrupted")  # what stays of a job that is killed
         if Sweep._open is None and (self._folder / STOPPING).exists():  # looked for when the note is there, see below
             (Path(config.hydra.runtime.output_dir) / JOB).unlink()
             signal.raise_signal(signal.SIGTERM)
@@ -100,17 +100,16 @@ class Sweep(Callback):
             return
         try:
             value = finite(job_return.return_value)
-            self._note(config, status="completed", value=value)
+            self._note(config.hydra, status="completed", value=value)
         except Exception as error:
             value = None
-            self._note(config, status="failed", error=str(error).strip())
+            self._note(config.hydra, status="failed", error=str(error).strip())
             expected = isinstance(error, CompactHydraException) and os.environ.get("HYDRA_FULL_ERROR") != "1"
             log.error("job %s failed: %s", config.hydra.job.num, str(error).strip(), exc_info=not expected)
         # Sweepers raise what a job raised. Without a value, Optuna calls the trial failed; a NaN would end its search.
         job_return.status, job_return.return_value = JobStatus.COMPLETED, value
 
-    def _note(self, config: DictConfig, status: str, value: float | None = None, error: str = "") -> None:
-        hydra = config.hydra
+    def _note(self, hydra: DictConfig, status: str, value: float | None = None, error: str = "") -> None:
         given = as_written(hydra.overrides.task)
         overrides = dict(split_override(o) for o in given if not o.startswith("~"))  # it has no value
         job = {"job": hydra.job.num, "overrides": overrides, "status": status, "value": value, "error": error}
@@ -198,12 +197,14 @@ def in_multirun() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def stop_between_jobs() -> None:
+def stop_between_jobs(value: float | None) -> None:
     """For the end of a job: raises Preempted if a signal came so late that the job is complete, but no other may begin.
 
-    One of joblib's workers first notes what the job returns, and then begins no other.
+    Of an exception Hydra tells no callback, so it is noted here that the job returned ``value``. One of joblib's
+    workers returns it, is noted, and then begins no other.
     """
     if in_multirun() and asked_to_stop() and not Sweep.stopped_worker():
+        Sweep.job._note(HydraConfig.get(), status="completed", value=finite(value))
         raise Preempted
 
 

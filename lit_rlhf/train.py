@@ -225,7 +225,7 @@ def train_here(config: DictConfig | dict[str, Any]) -> None:
         run.trainer.strategy._launcher = None
     stops = any(isinstance(callback, Checkpoints) for callback in run.trainer.callbacks)
     with listening() if stops else not_listening(), ExitStack() as held:  # without Checkpoints, signals do as always
-        first_decides(run.trainer, lambda: held.enter_context(alone_in(run.folder)))
+        first_decides(run.trainer, partial(held.enter_context, alone_in(run.folder)))
         _train(run, config, start)
 
 
@@ -455,7 +455,7 @@ def run_job(config: DictConfig) -> float | None:
         print_config(resolved(config))
     with listening():
         value = train(config)
-        stop_between_jobs()
+        stop_between_jobs(value)
     return value
 
 

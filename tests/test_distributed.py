@@ -24,11 +24,13 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf.algorithms import TRPO
+from lit_rlhf.callbacks.checkpoints import written
+from lit_rlhf.checkpoint_io import remove
 from lit_rlhf.distributed import FSDP2Strategy, processes_to_start, run_in_processes, share, split_batch
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline import compose_stage
 from lit_rlhf.run_folder import read_metrics, read_samples, read_summary
-from lit_rlhf.train import train
+from lit_rlhf.train import find_checkpoint, train
 
 KINDS = ("ddp", "fsdp2")
 COUNTS = ("policy/clipfrac", "value/clipfrac")  # a ratio on the edge falls to either side by rounding
@@ -152,11 +154,41 @@ def test_the_first_process_decides_where_to_go_on_and_the_others_see_it_too(fold
 
 def test_a_run_asks_it_for_its_checkpoint(tmp_path, monkeypatch):
     def decided(trainer, decide):
-        raise UserError(f"asked for {decide.func.__name__}")
+        if decide.func is find_checkpoint:
+            raise UserError("asked for find_checkpoint")
+        return decide()
 
     monkeypatch.setattr("lit_rlhf.train.first_decides", decided)
     with pytest.raises(UserError, match="asked for find_checkpoint"):
         train(compose_stage([*TINY, "ckpt_path=auto", f"paths.output_dir={tmp_path}"]))
+
+
+@pytest.mark.parametrize(("began", "count"), [(1, 2), (2, 1)])
+def test_a_run_on_fixed_data_continues_with_another_number_of_processes(tmp_path, began, count):
+    """From the middle of its second epoch, between batches of lengths that differ."""
+    rows = [{"prompt": "a film ", "completion": "that is " + "very " * (n % 4) + "good"} for n in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "train", "algorithm=sft", "policy=tiny", "policy.hidden_size=16", "policy.intermediate_size=16", "data=jsonl",
+        f"data.path={tmp_path}/rows.jsonl", "data.batch_size=4", "logger=csv", "trainer.max_epochs=2",
+        "algorithm.max_length=64", "callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_last=9",
+        "ckpt_path=auto", f"paths.output_dir={tmp_path}/run",
+    ]  # fmt: skip
+    processes_of = lambda n: [  # noqa: E731
+        *(["trainer=ddp", f"trainer.devices={n}"] if n > 1 else []), "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+    ]  # fmt: skip
+    assert run_here(*command, *processes_of(began)).code == 0
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    shutil.copytree(run, whole, symlinks=True)
+    for later in written(run / "checkpoints")[:2]:
+        remove(later)
+    result = run_here(*command, *processes_of(count))
+    assert result.code == 0, result.err
+    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (whole, run))
+    assert_close(two, one, atol=2e-6, rtol=1e-5)
+    assert [row["iteration"] for row in read_metrics(run)] == [row["iteration"] for row in read_metrics(whole)]
+    assert read_metrics(run)[-1]["loss/total"] == pytest.approx(read_metrics(whole)[-1]["loss/total"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "began", "count"), [("ddp", 1, 2), ("ddp", 2, 1), ("fsdp2", 1, 2), ("fsdp2", 2, 1)])

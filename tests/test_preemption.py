@@ -168,6 +168,15 @@ def test_a_multirun_stops_with_its_job():
     assert not Path("sweep/1").exists()
 
 
+def test_a_job_that_was_complete_when_its_multirun_was_stopped_is_noted_so():
+    strike = ["+callbacks.strike._target_=preempting.Strike", "+callbacks.strike.phase=export"]
+    metric = ["optimized_metric=objective/scores"]
+    assert run_here("train", "-m", *RUN, *strike, *metric, "seed=0,1", "hydra.sweep.dir=sweep").code == PREEMPTED
+    with open("sweep/sweep.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["status"], row["optimized_value"]) == ("completed", str(summary("sweep/0")["objective/scores"]))
+
+
 def test_of_a_joblib_multirun_all_jobs_stop_with_checkpoints_and_no_further_one_begins(whole):
     """One of the workers strikes the command alone, as ``kill`` does."""
     sweep = ["train", "-m", *RUN, "seed=0,1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -226,6 +235,7 @@ def test_a_signal_in_the_last_moments_of_a_pipeline_ends_its_multirun():
     sweep = ["pipeline", "-m", "--config-dir=conf", "experiment=signals", "seed=0,1", "hydra.sweep.dir=sweep"]
     assert run_here(*sweep, "two.callbacks.strike.phase=export").code == PREEMPTED
     assert summary("sweep/0/two")["status"] == "completed"
+    assert json.loads(Path("sweep/0/job.json").read_text())["status"] == "completed"
     assert not Path("sweep/1").exists()
 
 

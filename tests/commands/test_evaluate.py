@@ -12,6 +12,7 @@ from markupsafe import escape
 from tiny import tiny_policy
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.evaluate import write
 from lit_rlhf.evaluation.policies import load_weights
 from lit_rlhf.evaluation.summary import verified, win_rates
 from lit_rlhf.report import build_report
@@ -485,3 +486,8 @@ def test_what_was_measured_stays_when_the_judge_fails(here):
     assert result.code == 1
     assert "127.0.0.1:9" in result.err
     assert "score" in json.loads(Path("judged/evaluation.json").read_text())["win_rates"]["reference"]["1"]
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    with pytest.raises(UserError, match="/proc/evaluated cannot be written: No such file or directory"):
+        write(Path("/proc/evaluated"), {}, measured=None)
