@@ -1,6 +1,7 @@
 """The place where policies are measured one after another, by the same rewards on the same data."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,13 +209,14 @@ class Bench:
                 if temperature is not None:
                     algorithm.sampler.temperature = temperature
                 key = f"{algorithm.sampler.temperature:g}"
-                with said_of(name):
+                # Data and rewards are made for the first two.
+                with nullcontext() if name in (POLICY, REFERENCE) else said_of(name):
                     rows, metrics = self._complete()
                 settings = {"samples": self.samples, "right": self._known(rows), "kl": knows and name != REFERENCE}
                 found.rows[name][key] = rows
                 found.policies[name][key] = summarize(rows, metrics, **settings)
         if self.texts:
-            with self.trainer.precision_plugin.forward_context(), said_of(name):
+            with self.trainer.precision_plugin.forward_context():
                 found.perplexity[name] = measure_texts(policy.to(self.device), self.texts)
 
     def _known(self, rows: Rows) -> list[str]:

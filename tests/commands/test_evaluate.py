@@ -209,7 +209,6 @@ def test_a_reward_model_is_no_policy(command, arguments, message, here):
         (["run=one", "reference=nowhere"], "reference=nowhere"),
         (["run=one", "checkpoint=null", "reward@judge=vader"], "there are no two policies"),
         (["run=one", "kl.coef=1"], "kl"),
-        (["run=one", "data=chats", "against=[two]"], "reference: the prompts of data are chats"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(arguments, message, here):
@@ -224,6 +223,16 @@ def test_a_policy_that_is_not_there_is_missed_before_anything_is_measured(here, 
     result = run_here("eval", "run=one", "against=[two,nowhere]", "paths.output_dir=refused")
     assert "nowhere" in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_policy_that_reads_no_chats_is_named(here):
+    policy = tiny_policy(max_position_embeddings=512)
+    policy.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    policy.save(here / "chatty")
+    settings = ["data=chats", "reward=length", "sampler=default", "sampler.max_new_tokens=4", "paths.output_dir=no"]
+    result = run_here("eval", "policy=./chatty", *settings, "against=[two]")
+    assert result.code == 1
+    assert "two: the prompts of data are chats, but the tokenizer of policy has no chat template" in result.err
 
 
 def test_a_run_s_own_folder_is_left_alone(here):
