@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.generators import get_generators, seed_generators, set_generators
@@ -74,6 +75,8 @@ class SeededPasses:
         for part in _parts(self.loader):  # a generator of the loader's own would go on from wherever it is
             if isinstance(getattr(part, "generator", None), torch.Generator):
                 part.generator.manual_seed(seed)
+        if isinstance(self.loader, DataLoader):
+            self.loader._iterator = None  # of persistent workers: it draws less than a new one, such as a resume makes
         self._iterator = iter(self.loader)
         for number in range(self.batch):
             if next(self._iterator, END_OF_PASS) is END_OF_PASS:

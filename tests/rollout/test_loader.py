@@ -200,3 +200,16 @@ def test_each_prompt_is_drawn_as_often_as_its_group_is_large_and_a_resume_goes_o
     resumed = rows(4)
     resumed.load_state_dict(grouped.state_dict())
     assert resumed.draw(12) == grouped.draw(12) == [row for row in single.draw(3) for _ in range(4)]
+
+
+def test_a_resume_finds_the_order_of_a_loader_whose_workers_persist():
+    def passes():
+        loader = DataLoader(range(20), batch_size=5, shuffle=True, num_workers=1, persistent_workers=True)
+        return SeededPasses(loader, seed=3)
+
+    whole, resumed = passes(), passes()
+    first = [batch.tolist() for batch in whole.one_pass()]
+    place = whole.state_dict()
+    second = [batch.tolist() for batch in whole.one_pass()]
+    resumed.load_state_dict(place)
+    assert [batch.tolist() for batch in resumed.one_pass()] == second != first
