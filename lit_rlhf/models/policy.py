@@ -58,8 +58,8 @@ class Policy(nn.Module):
             weights. The adapter starts at zero, so the first policy equals the model.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         compile: let torch.compile fuse what lies between the matrix products of a layer, in training and in stage 3,
-            not in decoding; of the reference and a separate critic, too. Costs some tens of seconds at the start and
-            needs a C++ compiler.
+            not in decoding; of the reference and a separate critic, too. Costs some tens of seconds at the start (with
+            recurrent layers on a CPU, whose loops are unrolled, many minutes) and needs a C++ compiler.
     """
 
     def __init__(
