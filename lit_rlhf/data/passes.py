@@ -1,6 +1,9 @@
 """Repeatable passes over a user's own loader, with a place to resume from."""
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +17,8 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.generators import get_generators, seed_generators, set_generators
 from lit_rlhf.rollout.philox import derive_seed
 
+log = logging.getLogger(__name__)
+
 END_OF_PASS = object()
 
 
@@ -22,7 +27,8 @@ class SeededPasses:
 
     A ``DataLoader(shuffle=True)`` draws its order from the global generator. Here every pass starts that generator from
     (seed, pass) and the outside keeps its own state, so the order is the same in every run with this seed, and a
-    resumed run reaches the old place by skipping ``batch`` batches of pass ``number``.
+    resumed run reaches the old place by skipping ``batch`` batches of pass ``number``. It warns if they are not
+    what they were.
 
     Args:
         loader: any iterable of batches that can be iterated again.
@@ -36,6 +42,8 @@ class SeededPasses:
         self.batch = 0  # batches of it already handed out
         self._iterator: Iterator[Any] | None = None
         self._generators: Any = None
+        self._drawn = [0, ""]  # batches drawn of this pass, and a hash of them all
+        self._expected: list[Any] | None = None  # the same of a checkpoint, until as many are drawn again
 
     def one_pass(self) -> Iterator[Any]:
         """The batches that are left of the current pass; afterwards the next pass is current.
@@ -58,8 +66,10 @@ class SeededPasses:
                     "iterate over it again, as over a list or a DataLoader, and not once, as over a generator"
                 )
             self.number, self.batch, self._iterator = self.number + 1, 0, None
+            self._drawn = [0, ""]
         else:
             self.batch += 1
+            self._note(batch)
         return batch
 
     def draw(self) -> Any:
@@ -78,12 +88,26 @@ class SeededPasses:
         if isinstance(self.loader, DataLoader):
             self.loader._iterator = None  # of persistent workers: it draws less than a new one, such as a resume makes
         self._iterator = iter(self.loader)
+        self._drawn = [0, ""]
         for number in range(self.batch):
-            if next(self._iterator, END_OF_PASS) is END_OF_PASS:
+            if (batch := next(self._iterator, END_OF_PASS)) is END_OF_PASS:
                 raise UserError(
                     f"the checkpoint was made at batch {self.batch} of a pass over the train dataloader, which ends "
                     f"after {number} now. Resume with the same data and batch size."
                 )
+            self._note(batch)
+
+    def _note(self, batch: Any) -> None:
+        self._drawn = [self._drawn[0] + 1, digest(batch, self._drawn[1])]
+        if self._expected is not None and self._drawn[0] == self._expected[0]:
+            if self._drawn != self._expected:
+                log.warning(
+                    "the data has changed since the checkpoint was written: the first %d batches of pass %d over the "
+                    "train dataloader are not what they were. The run goes on, but not as it would have done",
+                    self._drawn[0],
+                    self.number + 1,
+                )
+            self._expected = None
 
     @contextmanager
     def _own_generators(self) -> Iterator[None]:
@@ -97,11 +121,13 @@ class SeededPasses:
             self._generators = get_generators()
             set_generators(outside)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"number": self.number, "batch": self.batch}
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number, "batch": self.batch, "drawn": self._drawn}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.number, self.batch, self._iterator = state["number"], state["batch"], None
+        self._drawn = state.get("drawn", [0, ""])
+        self._expected = self._drawn if self._drawn[0] else None
 
 
 class SamePass:
@@ -139,6 +165,24 @@ class HeldOutSource(_DataLoaderSource):
         if isinstance(loader, list | SamePass) or not isinstance(loader, Iterable):  # Lightning says what is no loader
             return loader
         return SamePass(loader, self.seed)
+
+
+def digest(batch: Any, before: str = "") -> str:
+    """A hash of the texts and numbers in a batch, whatever holds them, and of the hash ``before``.
+
+    Of other things their kind counts.
+
+    >>> digest({"prompt": ["a"], "n": torch.tensor([1])}) == digest({"prompt": ("a",), "n": [1]})
+    True
+    """
+    content = before + json.dumps(batch, default=_plain, skipkeys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _plain(thing: Any) -> Any:
+    if isinstance(thing, Mapping):
+        return dict(thing)
+    return thing.tolist() if hasattr(thing, "tolist") else type(thing).__qualname__
 
 
 def _parts(loader: Any) -> Iterator[Any]:

@@ -144,6 +144,22 @@ def test_a_loader_with_a_generator_of_its_own_resumes_at_its_place(own):
     assert draw(resumed, 8) == draw(whole, 8)
 
 
+@pytest.mark.parametrize("drawn", [2, 4])  # in the middle of a batch, and at its end
+def test_a_resume_says_if_the_data_has_changed(drawn, caplog):
+    def rows(texts):
+        return PromptRows(SeededPasses([{"prompt": texts[:2]}, {"prompt": texts[2:4]}, {"prompt": texts[4:]}], seed=1))
+
+    whole = rows(["a", "b", "c", "d", "e", "f"])
+    whole.draw(1)
+    whole.draw(drawn)
+    for texts, changed in (["a", "b", "c", "d", "e", "f"], False), (["a", "b", "c", "dd", "e", "f"], True):
+        caplog.clear()
+        resumed = rows(texts)
+        resumed.load_state_dict(whole.state_dict())
+        resumed.draw(1)
+        assert (f"the first {drawn // 2 + 1} batches of pass 1" in caplog.text) == changed
+
+
 def test_an_empty_dataset_is_refused():
     with pytest.raises(UserError, match="empty"):
         PromptRows(SeededPasses([], seed=0)).draw(1)
