@@ -53,7 +53,7 @@ class Policy(nn.Module):
 
     Args:
         model: a causal LM of transformers.
-        tokenizer: its tokenizer; padding side and a missing pad token are set here.
+        tokenizer: its tokenizer; padding side and a pad token that is missing or unknown to the model are set here.
         lora: keyword arguments of ``peft.LoraConfig`` (``r``, ``lora_alpha``, ``target_modules``, ...); None trains all
             weights. The adapter starts at zero, so the first policy equals the model.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
@@ -73,7 +73,8 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         tokenizer.padding_side = "left"
-        if tokenizer.pad_token_id is None:
+        known = model.config.get_text_config().vocab_size
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:  # added, and the embeddings not resized
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id is None:
             raise UserError("the policy's tokenizer has neither a pad nor an eos token; set one before training")

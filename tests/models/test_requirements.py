@@ -92,6 +92,14 @@ def test_an_encoder_from_a_folder_is_refused(tmp_path):
         Policy.from_pretrained(path=str(tmp_path))
 
 
+def test_a_pad_token_that_the_model_does_not_know_is_replaced_by_the_end_of_sequence():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # and the embeddings were not resized
+    assert tokenizer.pad_token_id == 259
+    policy = Policy(model=tiny_model(), tokenizer=tokenizer)
+    assert policy.tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+
+
 def test_trying_a_model_leaves_it_as_it_was():
     model = tiny_model("gpt2")
     model.train()
