@@ -183,6 +183,7 @@ def test_a_run_on_fixed_data_continues_with_another_number_of_processes(tmp_path
     shutil.copytree(run, whole, symlinks=True)
     for later in written(run / "checkpoints")[:2]:
         remove(later)
+    shutil.rmtree(run / "model")  # else what the first run has left would do
     result = run_here(*command, *processes_of(count))
     assert result.code == 0, result.err
     one, two = (load_file(folder / "model" / "model.safetensors") for folder in (whole, run))
